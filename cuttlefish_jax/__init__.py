@@ -1,0 +1,1 @@
+"""Automatic low-rank training for JAX and Flax."""

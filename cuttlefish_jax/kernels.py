@@ -1,0 +1,180 @@
+"""Which kernels a model has, and which of their axes make each one a matrix.
+
+A *kernel* is the weight array of one layer, at ``<path of the layer>/kernel`` in the params tree. Some of
+its axes are contracted with the layer's input (the *reduction axes*), some become the features of its
+output (the *output axes*), and, in layers stacked by ``scan`` or ``vmap``, some count independent copies
+(the *stack axes*). Read with the reduction axes first and the output axes last, a kernel is one matrix
+``f32[m, n]`` per copy; everything the package does to a kernel, it does to that matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One layer's kernel, and how it is read as a matrix.
+
+    Attributes:
+      path: the layer's path in the params tree, joined by ``/``; the kernel is at ``path/kernel``.
+      layer: the layer's type, e.g. ``"Dense"``, ``"Conv"`` or ``"DenseGeneral"``.
+      shape: shape of the parameter, stack axes included.
+      reduction_axes: axes contracted with the input; together they are the matrix's ``m`` rows.
+      output_axes: axes of the output features; together they are the matrix's ``n`` columns.
+      stack_axes: axes over independent copies of the layer (``nn.scan``, ``nn.vmap``); usually empty.
+      positions: how often one copy's matrix is applied for one example in one forward pass (spatial
+        positions or tokens, summed over all calls of a shared layer).
+    """
+
+    path: str
+    layer: str
+    shape: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...] = ()
+    positions: int = 1
+
+    @property
+    def m(self) -> int:
+        """Rows of the matrix: the inputs that one output feature sums over."""
+        return math.prod(self.shape[a] for a in self.reduction_axes)
+
+    @property
+    def n(self) -> int:
+        """Columns of the matrix: the output features."""
+        return math.prod(self.shape[a] for a in self.output_axes)
+
+    @property
+    def max_rank(self) -> int:
+        """The full rank, ``min(m, n)``."""
+        return min(self.m, self.n)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the stack axes; ``()`` for an ordinary layer."""
+        return tuple(self.shape[a] for a in self.stack_axes)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether this is a convolution with a window of one position."""
+        window = self.reduction_axes[:-1]
+        return self.layer == "Conv" and all(self.shape[a] == 1 for a in window)
+
+    def num_params(self, rank: int | None = None) -> int:
+        """Parameters of the kernel, or of its two factors at ``rank``."""
+        one = self.m * self.n if rank is None else rank * (self.m + self.n)
+        return math.prod(self.stack_shape) * one
+
+    def flops(self, rank: int | None = None) -> int:
+        """Forward FLOPs per example (two for each multiply-accumulate), whole or at ``rank``."""
+        return 2 * self.positions * self.num_params(rank)
+
+    def to_matrix(self, kernel: Array) -> Float[Array, "*stack m n"]:
+        """The parameter as one matrix per copy, ``[*stack, m, n]``, in its own dtype."""
+        order = self.stack_axes + self.reduction_axes + self.output_axes
+        return jnp.transpose(kernel, order).reshape(*self.stack_shape, self.m, self.n)
+
+    def from_matrix(self, matrix: Float[Array, "*stack m n"]) -> Array:
+        """Inverse of :meth:`to_matrix`: a parameter of shape ``self.shape``."""
+        order = self.stack_axes + self.reduction_axes + self.output_axes
+        unstacked = jnp.reshape(matrix, [self.shape[a] for a in order])
+        return jnp.transpose(unstacked, [order.index(a) for a in range(len(order))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels(Mapping[str, Kernel]):
+    """The kernels of a model in the order of their first call: a hashable mapping path -> Kernel.
+
+    Attributes:
+      entries: the kernels that can be factorized.
+      skipped_entries: ``(path, reason)`` of every other parameter of two or more axes.
+      num_params: parameters of the whole model, the skipped and one-dimensional ones included.
+    """
+
+    entries: tuple[Kernel, ...]
+    skipped_entries: tuple[tuple[str, str], ...] = ()
+    num_params: int = 0
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, Kernel]:
+        return {kernel.path: kernel for kernel in self.entries}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """path -> reason for every parameter of two or more axes that cannot be factorized."""
+        return dict(self.skipped_entries)
+
+    def __getitem__(self, path: str) -> Kernel:
+        return self._by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def subtree(params: Params, path: str) -> Params:
+    """The part of a nested params tree at ``path`` (``""`` is the whole).
+
+    Raises:
+      ValueError: if there is nothing at ``path``; the message names the first missing key.
+    """
+    node: Any = params
+    for depth, key in enumerate(keys := path.split("/") if path else []):
+        if not isinstance(node, Mapping) or key not in node:
+            where = "/".join(keys[:depth]) or "the top"
+            raise ValueError(f"params have no {path!r}: there is no {key!r} at {where}")
+        node = node[key]
+    return node
+
+
+def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
+    """The kernel's matrix (or stack of matrices) in ``params``, ``[*stack, m, n]``.
+
+    Raises:
+      ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
+    """
+    layer = subtree(params, kernel.path)
+    if not isinstance(layer, Mapping) or "kernel" not in layer:
+        raise ValueError(f"params have no kernel at {kernel.path!r}")
+    shape = tuple(jnp.shape(layer["kernel"]))
+    if shape != kernel.shape:
+        raise ValueError(
+            f"the kernel at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
+            "these are the params of another model"
+        )
+    return kernel.to_matrix(layer["kernel"])
+
+
+@functools.singledispatch
+def find_kernels(model: Any, *inputs: Any, **kwargs: Any) -> Kernels:
+    """Finds every kernel of ``model`` that can be factorized, and says why the others cannot.
+
+    The model is traced abstractly (``jax.eval_shape``): no FLOPs are spent and no parameters made.
+
+    Args:
+      model: a Flax Linen module.
+      *inputs: arrays or ``jax.ShapeDtypeStruct`` to call it with; the first axis of the first one is the
+        batch (it only enters the counts per example).
+      **kwargs: passed on to the model's ``init``, e.g. ``train=False`` or ``method=``.
+
+    Returns:
+      A :class:`Kernels` mapping ``path -> Kernel`` in call order; ``.skipped`` is ``path -> reason``.
+
+    Raises:
+      TypeError: if ``model`` is of a kind that has no front end.
+    """
+    raise TypeError(f"find_kernels needs a Flax module, got {type(model).__name__}")
