@@ -1,0 +1,95 @@
+"""Every setting of a run, with its default; the files in configs/ change what their experiment needs."""
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """A locked configuration: a key that is not named here is an error, not a new setting.
+
+    Lengths of time are in epochs, images in pixels. ``0`` and ``""`` turn an option off.
+    """
+    config = ConfigDict()
+    config.name = "unnamed"  # the experiment's; the default workdir is runs/<name>
+    config.method = "cuttlefish"  # or full_rank
+    config.seed = 0
+    config.epochs = 1
+    config.batch_size = 128  # global: shared by all devices of all hosts
+
+    config.model = ConfigDict(
+        dict(
+            name="resnet18",
+            width=64,  # channels of the first stage
+            stage_sizes=(),  # blocks per stage; () is the network's own
+            stem="cifar",  # "cifar": 3x3, stride 1; "imagenet": 7x7, stride 2, max-pool
+            dtype="float32",  # of the computation; parameters are always float32
+            sync_batch_norm=False,  # batch statistics over all devices, instead of per device
+        )
+    )
+
+    config.data = ConfigDict(
+        dict(
+            name="cifar10",
+            data_dir="",  # where prepared TFDS data sets are; "" is TFDS's default
+            image_size=32,  # smaller images are enlarged or padded to it
+            channels=3,  # grey images are repeated to it
+            train_examples=0,  # use only so many training examples; 0 is all
+            validation_examples=0,  # held out of the training data to choose "best"; 0 is 5 % of it
+            crop_padding=4,  # random crops from the image padded by so many pixels; 0 is none
+            flip=True,  # random horizontal flips
+            on_device=True,  # keep the whole data set in device memory
+            workers=0,  # grain worker processes where it is not; 0 reads in threads
+        )
+    )
+
+    config.loss = ConfigDict(dict(label_smoothing=0.0))
+
+    config.optimizer = ConfigDict(
+        dict(
+            name="sgd",  # or adamw
+            momentum=0.9,
+            nesterov=False,
+            b1=0.9,  # adamw
+            b2=0.999,
+            weight_decay=1e-4,  # kernels only; coupled (L2) with sgd, decoupled with adamw
+            frobenius_decay=0.0,  # on the products of factors, in place of their weight decay
+            clip_norm=0.0,  # global norm of the gradient
+            ema=0.0,  # decay of the moving average of the parameters, evaluated in their place
+        )
+    )
+
+    config.schedule = ConfigDict(
+        dict(
+            name="steps",  # or cosine, constant
+            peak=0.1,
+            warmup_epochs=0.0,
+            warmup_start=0.0,  # learning rate of the first warm-up epoch
+            milestones=(0.5, 0.75),  # "steps": shares of the run after which the rate is cut
+            decay=0.1,  # "steps": by this factor
+            final=0.0,  # "cosine": rate at the end
+        )
+    )
+
+    config.switch = ConfigDict(
+        dict(
+            criterion="relative_plateau",  # or reference_cifar, reference_resnet50, reference_deit, at_epoch
+            epoch=0,  # "at_epoch": the first low-rank epoch
+            deadline=0.5,  # share of the run by which the ranks should have converged
+            if_never="full_rank",  # then: stay full_rank (and warn), or switch
+            optimizer="carry",  # its state goes into factor space; or reset
+            learning_rate="continue",  # the schedule goes on; or rewarmup
+        )
+    )
+
+    config.plan = ConfigDict(
+        dict(
+            keep=(),  # patterns of layers that stay full-rank
+            factorize=(),  # patterns of layers that are factorized though the defaults keep them
+            min_rank_ratio=0.0,  # lowest rank, as a share of min(m, n)
+            round_to=1,  # ranks are rounded up to a multiple of this
+            extra_batch_norm=False,  # a batch norm between the factors
+        )
+    )
+
+    config.ranks = ConfigDict(dict(method="lanczos"))  # or exact
+    config.checkpoint = ConfigDict(dict(every_epochs=1, keep=2))
+    return config.lock()
