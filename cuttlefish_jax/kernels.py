@@ -34,6 +34,8 @@ class Kernel:
       reduction_axes: axes contracted with the input; together they are the matrix's ``m`` rows.
       output_axes: axes of the output features; together they are the matrix's ``n`` columns.
       stack_axes: axes over independent copies of the layer (``nn.scan``, ``nn.vmap``); usually empty.
+      stack_indices: where those transformations inserted them, one after the other, the innermost first; the
+        factors' own stack axes are inserted at the same indices. By default the ``stack_axes``.
       positions: how often one copy's matrix is applied for one example in one forward pass (spatial
         positions or tokens, summed over all calls of a shared layer).
     """
@@ -44,6 +46,7 @@ class Kernel:
     reduction_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
     stack_axes: tuple[int, ...] = ()
+    stack_indices: tuple[int, ...] | None = None
     positions: int = 1
 
     @property
@@ -91,6 +94,56 @@ class Kernel:
         order = self.stack_axes + self.reduction_axes + self.output_axes
         unstacked = jnp.reshape(matrix, [self.shape[a] for a in order])
         return jnp.transpose(unstacked, [order.index(a) for a in range(len(order))])
+
+    def factors(self, rank: int) -> tuple[Kernel, Kernel]:
+        """The kernels of the layer's two factors, ``path/u`` and ``path/v``, at ``rank``."""
+        reduction = tuple(self.shape[a] for a in self.reduction_axes)
+        output = tuple(self.shape[a] for a in self.output_axes)
+        # A convolution's second factor is a convolution too, over windows of one position.
+        window = (1,) * (len(reduction) - 1) if self.layer == "Conv" else ()
+        return self._factor("u", reduction, (rank,)), self._factor("v", (*window, rank), output)
+
+    def stacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one copy's parameter with the layer's stack axes inserted."""
+        axes, stack = self._insert_stack(len(shape))
+        sizes = dict(zip(axes, shape, strict=True)) | dict(zip(stack, self.stack_shape, strict=True))
+        return tuple(sizes[a] for a in range(len(sizes)))
+
+    def _factor(self, name: str, reduction: tuple[int, ...], output: tuple[int, ...]) -> Kernel:
+        axes, stack = self._insert_stack(len(reduction) + len(output))
+        return Kernel(
+            path=f"{self.path}/{name}".lstrip("/"),
+            layer=self.layer,
+            shape=self.stacked_shape(reduction + output),
+            reduction_axes=axes[: len(reduction)],
+            output_axes=axes[len(reduction) :],
+            stack_axes=stack,
+            stack_indices=self.stack_indices,
+            positions=self.positions,
+        )
+
+    def _insert_stack(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        indices = self.stack_axes if self.stack_indices is None else self.stack_indices
+        own = insert_axes(len(self.shape) - len(indices), indices)[1]
+        axes, stack = insert_axes(ndim, indices)
+        # In the order of this kernel's stack axes, which are those of its matrices.
+        return axes, tuple(stack[own.index(a)] for a in self.stack_axes)
+
+
+def insert_axes(ndim: int, indices: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where axes end up when others are inserted at ``indices``, one after the other.
+
+    Returns:
+      The final positions of the ``ndim`` old axes, and those of the new ones.
+
+    Example:
+      >>> insert_axes(2, (1,))  # [a, b] -> [a, new, b]
+      ((0, 2), (1,))
+    """
+    axes = list(range(ndim))
+    for label, index in enumerate(indices, start=ndim):
+        axes.insert(index if index >= 0 else len(axes) + 1 + index, label)
+    return tuple(axes.index(a) for a in range(ndim)), tuple(axes.index(ndim + i) for i in range(len(indices)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,22 +194,27 @@ def subtree(params: Params, path: str) -> Params:
     return node
 
 
-def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
-    """The kernel's matrix (or stack of matrices) in ``params``, ``[*stack, m, n]``.
-
-    Raises:
-      ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
-    """
+def check_kernel(params: Params, kernel: Kernel) -> None:
+    """Raises a ValueError if ``params`` are not those of the model that ``kernel`` was found in."""
     layer = subtree(params, kernel.path)
     if not isinstance(layer, Mapping) or "kernel" not in layer:
-        raise ValueError(f"params have no kernel at {kernel.path!r}")
+        raise ValueError(f"params have no kernel at {kernel.path!r}: the layer has {sorted(layer)}")
     shape = tuple(jnp.shape(layer["kernel"]))
     if shape != kernel.shape:
         raise ValueError(
             f"the kernel at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
             "these are the params of another model"
         )
-    return kernel.to_matrix(layer["kernel"])
+
+
+def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
+    """The kernel's matrix (or stack of matrices) in ``params``, ``[*stack, m, n]``.
+
+    Raises:
+      ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
+    """
+    check_kernel(params, kernel)
+    return kernel.to_matrix(subtree(params, kernel.path)["kernel"])
 
 
 @functools.singledispatch

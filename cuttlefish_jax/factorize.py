@@ -1,0 +1,208 @@
+r"""Rewrites trees of arrays into factor space, and back: pure functions on nested dicts.
+
+A kernel's matrix :math:`W \in R^{m \times n}` becomes :math:`U V` with :math:`U = P_r \sqrt{S_r}` and
+:math:`V = \sqrt{S_r} Q_r^T` from its truncated SVD :math:`P_r S_r Q_r^T` (Cuttlefish, Wang et al., MLSys
+2023). In the tree, ``layer/kernel`` becomes ``layer/u/kernel`` (the layer's reduction axes, then the
+rank) and ``layer/v/kernel`` (the rank, then the layer's output axes); everything else that the layer had,
+such as its bias, moves to ``layer/v``. Stack axes lead, in their old order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_matrix, subtree
+from cuttlefish_jax.plan import FactorizationPlan
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Params = Mapping[str, Any]
+    Matrix = Float[Array, "*stack m n"]
+    U = Float[Array, "*stack m r"]
+    V = Float[Array, "*stack r n"]
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.singledispatch
+def factorize(model: Any, plan: FactorizationPlan) -> Any:
+    """The same model with the plan's layers replaced by two factors each.
+
+    Args:
+      model: a Flax Linen module; it is not changed.
+      plan: made for this model.
+
+    Returns:
+      A Linen module whose ``init``, ``apply``, ``method=`` and ``bind`` work as the model's, on the params that
+      :func:`factorize_params` returns.
+
+    Raises:
+      TypeError: if ``model`` is of a kind that has no front end.
+      ValueError: when it is first initialised, if the plan was made for another model.
+    """
+    raise TypeError(f"factorize needs a Flax module, got {type(model).__name__}")
+
+
+def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """Replaces each of the plan's kernels by the best pair of factors of its rank.
+
+    The factors come from the eigenvectors of the smaller Gram matrix, in float32 on the device: their
+    product is the truncated SVD's (Eckart-Young), and the kernel itself at full rank. They are balanced:
+    both carry the square roots of the singular values.
+
+    Args:
+      params: the params tree of the model (not changed).
+      plan: made for this model.
+
+    Returns:
+      Nested dicts, the very tree that ``factorize(model, plan).init`` makes, in the dtypes of ``params``.
+
+    Raises:
+      ValueError: if ``params`` are not those of the plan's model; the message names the first difference.
+    """
+    for path in plan.ranks:
+        check_kernel(params, plan.kernels[path])
+    factors = _balanced_factors({path: subtree(params, path)["kernel"] for path in plan.ranks}, plan)
+    low = split_layers(params, plan, lambda path, _: factors[path])
+    if plan.extra_batch_norm:
+        low = _add_extra_norms(low, plan, {"scale": jnp.ones, "bias": jnp.zeros})
+    return low
+
+
+def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """The original tree, each kernel the product of its factors: the unmodified model serves it.
+
+    Args:
+      params: factorized params (not changed).
+      plan: the plan they were factorized with.
+
+    Raises:
+      ValueError: if ``params`` were not factorized with this plan, or if the plan has extra batch norms
+        (their shift and scale depend on statistics outside ``params``: there is no equal kernel).
+    """
+    if plan.extra_batch_norm:
+        raise ValueError("a plan with extra batch norms cannot be merged: use the factorized model")
+    merged = _copy(params)
+    for path, (u, v) in factor_matrices(params, plan).items():
+        kernel = plan.kernels[path]
+        matrix = _matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
+        rest = {
+            key: value for key, value in subtree(params, f"{path}/v".lstrip("/")).items() if key != "kernel"
+        }
+        merged = _replaced(merged, path, {"kernel": kernel.from_matrix(matrix), **rest})
+    return merged
+
+
+def factor_matrices(params: Params, plan: FactorizationPlan) -> dict[str, tuple[U, V]]:
+    """``{path: (f[*stack, m, r], f[*stack, r, n])}`` of every factorized layer.
+
+    Raises:
+      ValueError: if ``params`` were not factorized with this plan.
+    """
+    factors = {}
+    for path, rank in plan.rank_entries:
+        layer = subtree(params, path)
+        if "u" not in layer or "v" not in layer:
+            raise ValueError(
+                f"the layer at {path!r} is not factorized: it has {sorted(layer)}, expected u and v"
+            )
+        u, v = plan.kernels[path].factors(rank)
+        factors[path] = kernel_matrix(params, u), kernel_matrix(params, v)
+    return factors
+
+
+def split_layers(
+    tree: Params, plan: FactorizationPlan, split: Callable[[str, Any], tuple[Any, Any]]
+) -> dict[str, Any]:
+    """Gives every planned layer of a params-shaped tree its two factors.
+
+    Args:
+      tree: a tree of the full-rank params' structure (params, a moment of them, a mask ...).
+      plan: the plan.
+      split: called with a layer's path and the leaf that stands in the kernel's place; returns the two
+        that stand in the factors' place.
+    """
+    low = _copy(tree)
+    for path in plan.ranks:
+        layer = dict(subtree(tree, path))
+        u, v = split(path, layer.pop("kernel"))
+        low = _replaced(low, path, {"u": {"kernel": u}, "v": {"kernel": v, **layer}})
+    return low
+
+
+def factorize_batch_stats(batch_stats: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """``batch_stats`` with the running statistics of the plan's extra batch norms added (mean 0, variance 1)."""
+    if not plan.extra_batch_norm:
+        return _copy(batch_stats)
+    return _add_extra_norms(batch_stats, plan, {"mean": jnp.zeros, "var": jnp.ones})
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _balanced_factors(kernels: dict[str, Array], plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
+    groups: dict[tuple[int, int], list[str]] = {}
+    for path in kernels:
+        groups.setdefault((plan.kernels[path].m, plan.kernels[path].n), []).append(path)
+    factors = {}
+    for (m, n), paths in groups.items():
+        # One batched eigendecomposition for each shape: compiled once, not once for every layer.
+        matrices = {path: plan.kernels[path].to_matrix(kernels[path]).reshape(-1, m, n) for path in paths}
+        u, v = _balanced(jnp.concatenate([matrix.astype(jnp.float32) for matrix in matrices.values()]))
+        start = 0
+        for path, matrix in matrices.items():
+            rank = plan.ranks[path]
+            here = slice(start, start := start + len(matrix))
+            halves = u[here, :, :rank], v[here, :rank, :]
+            factors[path] = shape_factors(halves, plan.kernels[path], matrix.dtype)
+    return factors
+
+
+def shape_factors(halves: tuple[U, V], kernel: Kernel, dtype: Any) -> tuple[Array, Array]:
+    """The two matrices of a layer as the arrays that stand in its params."""
+    u, v = kernel.factors(halves[0].shape[-1])
+    return u.from_matrix(halves[0]).astype(dtype), v.from_matrix(halves[1]).astype(dtype)
+
+
+def _balanced(w: Float[Array, "b m n"]) -> tuple[Float[Array, "b m k"], Float[Array, "b k n"]]:
+    """All ``k = min(m, n)`` columns of the balanced factors, the largest singular value first."""
+    m, n = w.shape[-2:]
+    if m < n:
+        v, u = _balanced(w.mT)
+        return u.mT, v.mT
+    # Whatever the rounding of q and s, u v = w q q^T: an orthogonal projection of w, exact at full rank.
+    eigenvalues, q = jnp.linalg.eigh(_matmul(w.mT, w))
+    eigenvalues, q = eigenvalues[..., ::-1], q[..., ::-1]
+    # Below the Gram matrix's rounding (s < 3e-4 s_max) the split of s between u and v means nothing.
+    floor = jnp.maximum(1e-7 * eigenvalues[..., :1], jnp.finfo(w.dtype).tiny)
+    root = jnp.maximum(eigenvalues, floor)[..., None, :] ** 0.25
+    return _matmul(w, q) / root, (q * root).mT
+
+
+def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str, Callable]) -> dict[str, Any]:
+    low = _copy(tree)
+    for path, rank in plan.rank_entries:
+        shape = plan.kernels[path].stacked_shape((rank,))
+        norm = {name: make(shape, jnp.float32) for name, make in arrays.items()}
+        low = _replaced(low, f"{path}/norm".lstrip("/"), norm)
+    return low
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _replaced(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """``tree``, which is ours to change, with ``value`` at ``path``."""
+    if not path:
+        return value
+    *parents, last = path.split("/")
+    node = tree
+    for key in parents:
+        node = node.setdefault(key, {})
+    node[last] = value
+    return tree

@@ -1,0 +1,72 @@
+r"""Carries what an optimizer remembers of a kernel into factor space.
+
+With the factors frozen at their values at the switch, :math:`W = U V`, the gradients of the factors are
+linear in the kernel's: :math:`g_U = G V^T`, :math:`g_V = U^T G`. So :math:`M V^T` and :math:`U^T M` are
+exactly the momenta that would have gathered, had the model been factorized all along. Second moments map
+approximately, by the squares of the factors; a moving average of parameters is projected on the rows that
+the new factor :math:`V` spans, so that it and the parameters are coordinates in one basis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax import MaskedNode
+
+from cuttlefish_jax.factorize import factor_matrices, shape_factors, split_layers
+from cuttlefish_jax.kernels import subtree
+from cuttlefish_jax.plan import FactorizationPlan
+
+Params = Mapping[str, Any]
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def project_momentum(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """Maps a tree that is linear in the gradient: ``M -> (M V^T, U^T M)``; exact for frozen factors."""
+    return _project(tree, params_low, plan, _momentum)
+
+
+def project_second_moment(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """Maps a mean of squared gradients: ``S -> (S (V^2)^T, (U^2)^T S)``; gradients taken as uncorrelated."""
+    return _project(tree, params_low, plan, _second_moment)
+
+
+def project_average(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
+    """Maps an average of params, ``W -> (W V^+, V)``: the nearest product that has the params' own ``V``."""
+    return _project(tree, params_low, plan, _average)
+
+
+def _momentum(w, u, v):
+    return _matmul(w, v.mT), _matmul(u.mT, w)
+
+
+def _second_moment(w, u, v):
+    return _matmul(w, jnp.square(v).mT), _matmul(jnp.square(u).mT, w)
+
+
+def _average(w, u, v):
+    # The rows of V are orthogonal: its pseudo-inverse is its transpose over their squared norms.
+    squared = jnp.sum(v * v, axis=-1)[..., None, :]
+    return _matmul(w, v.mT) / jnp.maximum(squared, jnp.finfo(v.dtype).tiny), v
+
+
+def _project(tree: Params, params_low: Params, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
+    leaves = {path: subtree(tree, path)["kernel"] for path in plan.ranks}
+    present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
+    halves = _split_all(present, factor_matrices(params_low, plan), plan, split)
+    return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "split"))
+def _split_all(leaves, factors, plan: FactorizationPlan, split: Callable):
+    halves = {}
+    for path, leaf in leaves.items():
+        kernel = plan.kernels[path]
+        u, v = (factor.astype(jnp.float32) for factor in factors[path])
+        matrix = kernel.to_matrix(leaf).astype(jnp.float32)
+        halves[path] = shape_factors(split(matrix, u, v), kernel, leaf.dtype)
+    return halves

@@ -1,0 +1,333 @@
+"""From stable ranks to a factorization plan: which layers become two factors, at what rank, and why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cuttlefish_jax.kernels import Kernel, Kernels
+
+_FORMAT = 1
+_SHORTCUT_NAMES = ("shortcut", "downsample", "proj", "skip", "residual")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorizationPlan:
+    """Which kernels are replaced by two factors, and at what ranks. Hashable; JSON in and out.
+
+    Every layer of the model is either in :attr:`ranks` or in :attr:`kept`.
+
+    Attributes:
+      kernels: the model's kernels.
+      rank_entries: ``(path, rank)`` of every layer to factorize, in call order.
+      kept_entries: ``(path, reason)`` of every other kernel.
+      extra_batch_norm: whether a batch norm of ``rank`` channels stands between the factors.
+    """
+
+    kernels: Kernels
+    rank_entries: tuple[tuple[str, int], ...]
+    kept_entries: tuple[tuple[str, str], ...] = ()
+    extra_batch_norm: bool = False
+
+    def __post_init__(self):
+        for path, rank in self.rank_entries:
+            if path not in self.kernels:
+                raise ValueError(_no_such_layer(path, self.kernels))
+            _check_rank(rank, self.kernels[path])
+
+    @classmethod
+    def from_ranks(
+        cls, kernels: Kernels, ranks: Mapping[str, int], *, extra_batch_norm: bool = False
+    ) -> FactorizationPlan:
+        """A plan with exactly these ranks; all other layers are kept.
+
+        Args:
+          kernels: what :func:`cuttlefish_jax.find_kernels` returned.
+          ranks: ``{path: rank}``, ``1 <= rank <= min(m, n)``.
+          extra_batch_norm: as the attribute.
+
+        Raises:
+          ValueError: for a path that is no kernel's, or a rank out of bounds.
+        """
+        kept = tuple((path, "no rank given") for path in kernels if path not in ranks)
+        entries = tuple((path, int(ranks[path])) for path in kernels if path in ranks)
+        for path in ranks:
+            if path not in kernels:
+                raise ValueError(_no_such_layer(path, kernels))
+        return cls(
+            kernels=kernels, rank_entries=entries, kept_entries=kept, extra_batch_norm=extra_batch_norm
+        )
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """``{path: rank}`` of the layers to factorize, in call order."""
+        return dict(self.rank_entries)
+
+    @functools.cached_property
+    def kept(self) -> dict[str, str]:
+        """``{path: reason}`` of every kernel left as it is, those of unsupported layers included."""
+        return dict(self.kept_entries) | self.kernels.skipped
+
+    @property
+    def num_params_full(self) -> int:
+        """Parameters of the whole model before the switch."""
+        return self.kernels.num_params
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the whole model after the switch."""
+        saved = 0
+        for path, rank in self.rank_entries:
+            kernel = self.kernels[path]
+            saved += kernel.num_params() - kernel.num_params(rank)
+            if self.extra_batch_norm:
+                saved -= 2 * rank * math.prod(kernel.stack_shape)
+        return self.num_params_full - saved
+
+    def report(self) -> str:
+        """A table for people: every layer, its shape, rank, parameters before and after, and why."""
+        from cuttlefish_jax.plan_report import plan_table
+
+        return plan_table(self)
+
+    def to_json(self) -> str:
+        """The plan as a JSON document that :meth:`from_json` reads back to an equal plan."""
+        document = {
+            "format": _FORMAT,
+            "ranks": self.ranks,
+            "kept": dict(self.kept_entries),
+            "skipped": self.kernels.skipped,
+            "extra_batch_norm": self.extra_batch_norm,
+            "num_params_full": self.num_params_full,
+            "num_params": self.num_params,
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels.values()],
+        }
+        return json.dumps(document, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> FactorizationPlan:
+        """Reads :meth:`to_json`'s document.
+
+        Raises:
+          ValueError: if ``text`` is no such document, or its ranks do not fit its kernels.
+        """
+        try:
+            document = json.loads(text)
+            if document["format"] != _FORMAT:
+                raise ValueError(f"plan format {document['format']!r} is not {_FORMAT}")
+            kernels = Kernels(
+                entries=tuple(_kernel_from_json(entry) for entry in document["kernels"]),
+                skipped_entries=tuple((str(p), str(r)) for p, r in document["skipped"].items()),
+                num_params=int(document["num_params_full"]),
+            )
+            return cls(
+                kernels=kernels,
+                rank_entries=tuple((str(p), r) for p, r in document["ranks"].items()),
+                kept_entries=tuple((str(p), str(r)) for p, r in document["kept"].items()),
+                extra_batch_norm=bool(document["extra_batch_norm"]),
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a factorization plan: {type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the layers whose path matches a pattern.
+
+    Rules are tried in order, before the defaults (first and last layer and shortcuts are kept); the first
+    whose pattern matches a layer decides. A rule without options factorizes the layer at the rank that
+    its stable rank gives, also where the defaults would keep it.
+
+    Attributes:
+      pattern: a shell-style pattern (``*`` also crosses ``/``), e.g. ``"stage1/*"``.
+      keep: leave the layer full-rank.
+      rank: a fixed rank.
+      rank_ratio: a fixed rank, as a share of ``min(m, n)``, rounded down.
+      min_rank_ratio: a lower bound of the rank, as a share of ``min(m, n)``.
+    """
+
+    pattern: str
+    keep: bool = dataclasses.field(default=False, kw_only=True)
+    rank: int | None = dataclasses.field(default=None, kw_only=True)
+    rank_ratio: float | None = dataclasses.field(default=None, kw_only=True)
+    min_rank_ratio: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        if sum([self.keep, self.rank is not None, self.rank_ratio is not None]) > 1:
+            raise ValueError(f"rule {self.pattern!r}: give one of keep, rank and rank_ratio")
+        for name in ("rank_ratio", "min_rank_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"rule {self.pattern!r}: {name} {value} is not in (0, 1]")
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule's pattern matches a layer's path."""
+        return fnmatch.fnmatchcase(path, self.pattern)
+
+
+def make_plan(
+    kernels: Kernels,
+    ranks_t: Mapping[str, Any],
+    ranks_0: Mapping[str, Any] | None = None,
+    *,
+    rules: Sequence[Rule] = (),
+    round_to: int = 1,
+    min_rank_ratio: float = 0.0,
+    extra_batch_norm: bool = False,
+) -> FactorizationPlan:
+    r"""Chooses the layers to factorize, and their ranks, from stable ranks.
+
+    The rank is the scaled stable rank, :math:`r = \lceil \xi \, sr(W_t) \rceil` with
+    :math:`\xi = \min(m, n) / sr(W_0)`, in ``[1, min(m, n)]`` (Cuttlefish, Wang et al., MLSys 2023). Where
+    ``ranks_0`` is not given, or zero (a kernel initialised to zeros), :math:`\xi` is that of a Gaussian
+    matrix of the same shape, :func:`gaussian_scale`. Layers stacked by ``scan`` or ``vmap`` share one
+    rank, their largest. The first and the last layer and 1x1 shortcut convolutions are kept, unless a
+    rule matches them; so is every layer that would not get smaller.
+
+    Args:
+      kernels: what :func:`cuttlefish_jax.find_kernels` returned.
+      ranks_t: ``{path: stable rank}`` now, a scalar or ``[*stack]``.
+      ranks_0: the same at the random initialisation; ``None`` for pre-trained weights.
+      rules: exceptions, tried in order.
+      round_to: ranks are rounded up to a multiple of this (at most to ``min(m, n)``).
+      min_rank_ratio: lower bound of every rank, as a share of ``min(m, n)``.
+      extra_batch_norm: put a batch norm between the factors.
+
+    Raises:
+      ValueError: for a rule that matches nothing, a fixed rank out of bounds, a stable rank that is
+        missing or not finite.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
+      >>> model, x = nn.Sequential([nn.Dense(64) for _ in range(3)]), jnp.ones((1, 64))
+      >>> kernels = cf.find_kernels(model, x)
+      >>> cf.make_plan(kernels, {path: 5.0 for path in kernels}).ranks
+      {'layers_1': 20}
+    """
+    if round_to < 1:
+        raise ValueError(f"round_to {round_to} is below 1")
+    if not 0 <= min_rank_ratio <= 1:
+        raise ValueError(f"min_rank_ratio {min_rank_ratio} is not in [0, 1]")
+    _check_rules(rules, kernels)
+    ranks: list[tuple[str, int]] = []
+    kept: list[tuple[str, str]] = []
+    defaults = _default_reasons(kernels)
+    for path, kernel in kernels.items():
+        rule = next((rule for rule in rules if rule.matches(path)), None)
+        reason = f"rule {rule.pattern!r}" if rule and rule.keep else None
+        if rule is None:
+            reason = defaults.get(path)
+        if reason is None:
+            floor = rule.min_rank_ratio if rule and rule.min_rank_ratio is not None else min_rank_ratio
+            rank = _wanted_rank(kernel, rule, ranks_t, ranks_0)
+            if rule is None or rule.rank is None:
+                rank = max(rank, math.ceil(floor * kernel.max_rank))
+                rank = min(kernel.max_rank, round_to * math.ceil(rank / round_to))
+            if kernel.num_params(rank) < kernel.num_params():
+                ranks.append((path, rank))
+                continue
+            reason = f"rank {rank} of {kernel.max_rank} would not make it smaller"
+        kept.append((path, reason))
+    return FactorizationPlan(
+        kernels=kernels,
+        rank_entries=tuple(ranks),
+        kept_entries=tuple(kept),
+        extra_batch_norm=extra_batch_norm,
+    )
+
+
+def gaussian_scale(m: int, n: int) -> float:
+    r"""The scale :math:`\xi = \min(m, n) / sr(W_0)` of an ``m x n`` Gaussian matrix.
+
+    :math:`(1 + \sqrt{\min(m, n) / \max(m, n)})^2` in the limit of large matrices (Marchenko-Pastur).
+
+    Example:
+      >>> gaussian_scale(64, 64)
+      4.0
+    """
+    return (1 + math.sqrt(min(m, n) / max(m, n))) ** 2
+
+
+def _wanted_rank(
+    kernel: Kernel, rule: Rule | None, ranks_t: Mapping[str, Any], ranks_0: Mapping[str, Any] | None
+) -> int:
+    if rule and rule.rank is not None:
+        _check_rank(rule.rank, kernel)
+        return rule.rank
+    if rule and rule.rank_ratio is not None:
+        return max(1, math.floor(kernel.max_rank * rule.rank_ratio))
+    now = _stable_rank(ranks_t, kernel)
+    scale = np.full(now.shape, gaussian_scale(kernel.m, kernel.n))
+    if ranks_0 is not None:
+        initial = np.broadcast_to(_stable_rank(ranks_0, kernel), now.shape)
+        scale = np.divide(kernel.max_rank, initial, out=scale, where=initial > 0)
+    # A product that is a whole number up to the rounding of float32 is that number: 1.0 x R is R.
+    wanted = math.ceil(float(np.max(scale * now)) * (1 - 1e-6))
+    return min(max(wanted, 1), kernel.max_rank)
+
+
+def _stable_rank(ranks: Mapping[str, Any], kernel: Kernel) -> np.ndarray:
+    if kernel.path not in ranks:
+        raise ValueError(f"there is no stable rank for {kernel.path!r}")
+    value = np.asarray(ranks[kernel.path], np.float64)
+    if not np.all(np.isfinite(value)) or np.any(value < 0):
+        raise ValueError(f"the stable rank of {kernel.path!r} is {value}, expected a finite number >= 0")
+    return value
+
+
+def _default_reasons(kernels: Kernels) -> dict[str, str]:
+    """Why the layers that nobody spoke of are kept (Cuttlefish never factorizes these)."""
+    paths = list(kernels)
+    reasons = {
+        path: "shortcut"
+        for path, kernel in kernels.items()
+        if kernel.is_pointwise and any(name in path.rsplit("/", 1)[-1] for name in _SHORTCUT_NAMES)
+    }
+    if paths:
+        reasons[paths[-1]] = "last layer"
+        reasons[paths[0]] = "first layer"
+    return reasons
+
+
+def _check_rules(rules: Sequence[Rule], kernels: Kernels) -> None:
+    for rule in rules:
+        if any(rule.matches(path) for path in kernels):
+            continue
+        refused = {p: why for p, why in kernels.skipped.items() if rule.matches(p)}
+        if refused:
+            path, why = next(iter(refused.items()))
+            raise ValueError(
+                f"rule {rule.pattern!r} matches only layers that cannot be factorized: {path}: {why}"
+            )
+        raise ValueError(_no_such_layer(rule.pattern, kernels, what="rule"))
+
+
+def _no_such_layer(name: str, kernels: Iterable[str], what: str = "path") -> str:
+    near = difflib.get_close_matches(name, list(kernels), n=3, cutoff=0.0)
+    return f"{what} {name!r} matches no layer; near it: {', '.join(near) or 'the model has no kernels'}"
+
+
+def _check_rank(rank: Any, kernel: Kernel) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
+        raise ValueError(f"rank {rank!r} for {kernel.path!r} is not an integer")
+    if rank < 1:
+        raise ValueError(f"rank {rank} for {kernel.path!r} is below 1")
+    if rank > kernel.max_rank:
+        raise ValueError(f"rank {rank} for {kernel.path!r} exceeds min(m, n) = {kernel.max_rank}")
+
+
+def _kernel_from_json(entry: dict[str, Any]) -> Kernel:
+    axes = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    kernel = Kernel(**axes)
+    used = sorted(kernel.stack_axes + kernel.reduction_axes + kernel.output_axes)
+    if used != list(range(len(kernel.shape))):
+        raise ValueError(f"the axes of {kernel.path!r} are not those of its shape {kernel.shape}")
+    return kernel

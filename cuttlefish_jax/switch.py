@@ -1,0 +1,189 @@
+"""The switch: a training state of the full-rank model becomes one of the factorized model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import MaskedNode
+
+from cuttlefish_jax import moments
+from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
+from cuttlefish_jax.plan import FactorizationPlan
+
+# What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
+_PROJECTIONS = {
+    **dict.fromkeys(("trace", "mu", "ema", "acc_grads", "momentum", "m"), moments.project_momentum),
+    **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "v"), moments.project_second_moment),
+    **dict.fromkeys(("z", "params", "slow", "fast"), moments.project_average),
+}
+
+
+def switch(
+    state: Any,
+    plan: FactorizationPlan,
+    tx: optax.GradientTransformation,
+    *,
+    apply_fn: Callable[..., Any] | None = None,
+) -> Any:
+    """Turns a training state into the factorized model's, losing nothing that can be kept.
+
+    Params are factorized; the optimizer's state is carried into factor space (:func:`carry_opt_state`); any
+    other field with the structure of the params is taken for a moving average of them and projected;
+    ``batch_stats`` get entries for extra batch norms; step, random keys and all else stay.
+
+    Args:
+      state: a ``flax.training.train_state.TrainState``, or any dataclass with ``params``, ``opt_state``,
+        ``tx``, ``apply_fn`` and ``replace``.
+      plan: made for the model.
+      tx: the optimizer of the low-rank phase, usually the same chain.
+      apply_fn: the factorized model's apply function; by default ``factorize(model, plan).apply`` of the
+        model whose bound ``apply`` is ``state.apply_fn``.
+
+    Returns:
+      ``state.replace(...)``.
+
+    Raises:
+      ValueError: if ``state.apply_fn`` is not a model's bound ``apply`` and ``apply_fn`` is not given, or if
+        the params do not fit the plan.
+    """
+    if apply_fn is None:
+        model = getattr(state.apply_fn, "__self__", None)
+        if model is None:
+            raise ValueError(
+                "state.apply_fn is not a model's bound apply: pass switch(..., apply_fn=low.apply)"
+            )
+        apply_fn = factorize(model, plan).apply
+    params = factorize_params(state.params, plan)
+    changes: dict[str, Any] = dict(params=params, tx=tx, apply_fn=apply_fn)
+    changes["opt_state"] = carry_opt_state(state.opt_state, state.params, params, tx, plan)
+    structure = jax.tree.structure(state.params)
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if field.name == "batch_stats":
+            changes[field.name] = factorize_batch_stats(value, plan)
+        elif field.name not in changes and value is not None and jax.tree.structure(value) == structure:
+            average = moments.project_average(value, params, plan)
+            if plan.extra_batch_norm:  # which no average has seen: it starts from the params' own
+                average = _with_missing(average, params)
+            changes[field.name] = average
+    return state.replace(**changes)
+
+
+def carry_opt_state(
+    opt_state: Any,
+    params: Mapping[str, Any],
+    params_low: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    plan: FactorizationPlan,
+) -> Any:
+    """The optimizer's state at the switch, in factor space.
+
+    Every part of the state that has the structure of the params is mapped, first moments exactly, second
+    moments approximately (:mod:`cuttlefish_jax.moments`); counters and hyper-parameters are kept. ``tx`` may
+    differ from the optimizer that made ``opt_state``: parts are matched by the type of their transformation
+    and their order, so transformations can be added or dropped.
+
+    Args:
+      opt_state: the state of any optax chain over ``params``.
+      params: the full-rank params.
+      params_low: ``factorize_params(params, plan)``.
+      tx: the low-rank phase's optimizer.
+      plan: the plan.
+
+    Returns:
+      A state of the structure of ``tx.init(params_low)``. What could not be mapped is as ``tx.init`` made it, and
+      a warning names it.
+    """
+    structure = jax.tree.structure(params)
+
+    def is_params_like(node: Any) -> bool:
+        return isinstance(node, Mapping) and _structure_unmasked(node) == structure
+
+    old: dict[tuple[str, ...], Any] = {}
+    for name, node in _named_leaves(opt_state, is_params_like):
+        if not is_params_like(node):
+            old[name] = node
+        elif projection := _PROJECTIONS.get(name[-1] if name else ""):
+            old.update(_named_leaves(projection(node, params_low, plan), prefix=name))
+
+    fresh, treedef = jax.tree.flatten(tx.init(params_low))
+    names = [name for name, _ in _named_leaves(jax.tree.unflatten(treedef, fresh))]
+    fits = [
+        name in old and jnp.shape(old[name]) == jnp.shape(leaf)
+        for name, leaf in zip(names, fresh, strict=True)
+    ]
+    _warn_of_lost(["/".join(name) for name, fit in zip(names, fits, strict=True) if not fit], plan)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jnp.asarray(old[name], jnp.result_type(leaf)) if fit else leaf
+            for name, leaf, fit in zip(names, fresh, fits, strict=True)
+        ],
+    )
+
+
+def _named_leaves(
+    node: Any, is_leaf: Callable[[Any], bool] = lambda _: False, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The leaves of an optimizer state in tree order, with names that survive a change of the chain.
+
+    A part of a chain is named by its type and its place among those of its type, however the chain is
+    nested; fields and keys by their names.
+    """
+    if is_leaf(node):
+        yield prefix, node
+    elif isinstance(node, tuple) and not hasattr(node, "_fields"):
+        seen: Counter[str] = Counter()
+        for part in _parts(node):
+            kind = type(part).__name__
+            yield from _named_leaves(part, is_leaf, (*prefix, f"{kind}#{seen[kind]}"))
+            seen[kind] += 1
+    elif isinstance(node, tuple):
+        for field in node._fields:  # pyright: ignore[reportAttributeAccessIssue]
+            yield from _named_leaves(getattr(node, field), is_leaf, (*prefix, field))
+    elif isinstance(node, dict):
+        for key in sorted(node):
+            yield from _named_leaves(node[key], is_leaf, (*prefix, str(key)))
+    else:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(node)[0]:
+            yield (*prefix, *map(str, path)), leaf
+
+
+def _parts(chain: tuple[Any, ...]) -> Iterator[Any]:
+    for part in chain:
+        if isinstance(part, tuple) and not hasattr(part, "_fields"):
+            yield from _parts(part)
+        else:
+            yield part
+
+
+def _structure_unmasked(tree: Any) -> Any:
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, MaskedNode)
+
+    return jax.tree.structure(jax.tree.map(lambda _: 0, tree, is_leaf=is_masked))
+
+
+def _warn_of_lost(lost: list[str], plan: FactorizationPlan) -> None:
+    # Extra batch norms are new at the switch: there is no state of theirs to lose.
+    norms = [f"/{path}/norm/" for path in plan.ranks] if plan.extra_batch_norm else []
+    lost = [name for name in lost if not any(norm in name for norm in norms)]
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        warnings.warn(
+            f"optimizer state re-initialised at the switch: {', '.join(lost[:5])}{more}", stacklevel=3
+        )
+
+
+def _with_missing(tree: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _with_missing(tree.get(key, {}), value) if isinstance(value, Mapping) else tree.get(key, value)
+        for key, value in template.items()
+    }
