@@ -1,11 +1,41 @@
 """Automatic low-rank training for JAX and Flax (Cuttlefish, Wang et al., MLSys 2023)."""
 
 from cuttlefish_jax import linen as _linen  # registers the front end for Linen
+from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
 from cuttlefish_jax.flops import count_flops
 from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels
 from cuttlefish_jax.plan import FactorizationPlan, Rule, gaussian_scale, make_plan
+from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
 from cuttlefish_jax.switch import carry_opt_state, switch
+from cuttlefish_jax.tracker import RankTracker
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AtEpoch",
+    "Criterion",
+    "FactorizationPlan",
+    "Kernel",
+    "Kernels",
+    "Never",
+    "RankTracker",
+    "ReferencePlateau",
+    "RelativePlateau",
+    "Rule",
+    "accumulative_ranks",
+    "carry_opt_state",
+    "count_flops",
+    "factorize",
+    "factorize_batch_stats",
+    "factorize_params",
+    "find_kernels",
+    "frobenius_decay",
+    "gaussian_scale",
+    "make_plan",
+    "merge_params",
+    "singular_values",
+    "stable_ranks",
+    "switch",
+]

@@ -1,0 +1,174 @@
+"""Stable ranks, four ways, side by side: time, and error against a float64 SVD.
+
+- ``svdvals``: ``scipy.linalg.svdvals`` of every kernel on the host, what the published implementation does;
+- ``exact`` and ``lanczos``: the two methods of ``cuttlefish_jax.stable_ranks``;
+- ``one pass``: a jitted sum of squares of every kernel, the least that touching the weights costs.
+
+The four take turns in every repeat, after a warm-up that compiles, and the medians are reported::
+
+    python benchmarks/rank_estimation.py [--repeats 5] [--only resnet18] [--json FILE]
+
+About five minutes on two CPU cores. Weights are Gaussian, as at initialisation, or trained-like: singular
+values falling as 1/i with random singular vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from cuttlefish_jax.kernels import Kernel
+from cuttlefish_jax.spectra import stable_ranks
+
+
+def conv(path: str, inputs: int, outputs: int, window: int = 3) -> Kernel:
+    shape = (window, window, inputs, outputs)
+    return Kernel(path=path, layer="Conv", shape=shape, reduction_axes=(0, 1, 2), output_axes=(3,))
+
+
+def dense(path: str, inputs: int, outputs: int) -> Kernel:
+    return Kernel(path=path, layer="Dense", shape=(inputs, outputs), reduction_axes=(0,), output_axes=(1,))
+
+
+def resnet18() -> list[Kernel]:
+    """All kernels of the CIFAR ResNet-18: the sixteen 3x3 convolutions, stem, shortcuts, classifier."""
+    kernels = [conv("stem", 3, 64), dense("head", 512, 10)]
+    before = 64
+    for stage, width in enumerate((64, 128, 256, 512), 1):
+        kernels += [conv(f"stage{stage}_conv{i}", before if i == 1 else width, width) for i in range(1, 5)]
+        if before != width:
+            kernels.append(conv(f"stage{stage}_shortcut", before, width, window=1))
+        before = width
+    return kernels
+
+
+def deit_base() -> list[Kernel]:
+    """The kernels of the twelve blocks of DeiT-base."""
+    shapes = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}
+    return [dense(f"block{i}_{name}", *shape) for i in range(12) for name, shape in shapes.items()]
+
+
+def width_4096() -> list[Kernel]:
+    """One attention and one feed-forward kernel of a 7B language model."""
+    return [dense("attention", 4096, 4096), dense("feed_forward", 4096, 11008)]
+
+
+NETWORKS = {"resnet18": resnet18, "deit_base": deit_base, "width_4096": width_4096}
+
+
+def make_params(kernels: list[Kernel], weights: str) -> dict[str, np.ndarray]:
+    """Random kernels as float32 host arrays, ``path -> array of kernel.shape``."""
+    rng = np.random.default_rng(0)
+    params = {}
+    for kernel in kernels:
+        matrix = rng.standard_normal((kernel.m, kernel.n), dtype=np.float32)
+        if weights == "trained-like":
+            # Two factors with nearly orthonormal columns; exact orthogonality would only cost time.
+            rank = kernel.max_rank
+            left = rng.standard_normal((kernel.m, rank), dtype=np.float32) / np.sqrt(kernel.m)
+            right = rng.standard_normal((rank, kernel.n), dtype=np.float32) / np.sqrt(kernel.n)
+            matrix = (left / np.arange(1, rank + 1, dtype=np.float32)) @ right
+        params[kernel.path] = matrix.reshape(kernel.shape)
+    return params
+
+
+def reference(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[str, float]:
+    """Stable ranks in float64."""
+    ranks = {}
+    for path, kernel in kernels.items():
+        matrix = params[path].reshape(kernel.m, kernel.n).astype(np.float64)
+        gram = matrix @ matrix.T if kernel.m <= kernel.n else matrix.T @ matrix
+        largest = scipy.linalg.eigh(gram, eigvals_only=True, subset_by_index=[len(gram) - 1] * 2)[0]
+        ranks[path] = float(np.trace(gram) / largest)
+    return ranks
+
+
+def on_host(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[str, float]:
+    ranks = {}
+    for path, kernel in kernels.items():
+        sigmas = scipy.linalg.svdvals(params[path].reshape(kernel.m, kernel.n))
+        ranks[path] = float(np.sum(sigmas**2) / sigmas[0] ** 2)
+    return ranks
+
+
+def measure(network: str, weights: str, repeats: int) -> list[dict]:
+    """One row for each method."""
+    kernels = {kernel.path: kernel for kernel in NETWORKS[network]()}
+    host = make_params(list(kernels.values()), weights)
+    params = {path: {"kernel": jnp.asarray(kernel)} for path, kernel in host.items()}
+    truth = reference(host, kernels)
+    methods: dict[str, Callable] = {
+        "svdvals": lambda: on_host(host, kernels),
+        "exact": functools.partial(stable_ranks, params, kernels, method="exact"),
+        "lanczos": functools.partial(stable_ranks, params, kernels, method="lanczos"),
+        "one pass": functools.partial(jax.jit(lambda tree: jax.tree.map(jnp.vdot, tree, tree)), params),
+    }
+    first, seconds, results = {}, {method: [] for method in methods}, {}
+    for repeat in range(repeats + 1):
+        for method, run in methods.items():
+            start = time.perf_counter()
+            results[method] = jax.block_until_ready(run())
+            elapsed = time.perf_counter() - start
+            if repeat:
+                seconds[method].append(elapsed)
+            else:
+                first[method] = elapsed
+    rows = []
+    for method in methods:
+        median = statistics.median(seconds[method])
+        row = {"network": network, "kernels": len(kernels), "weights": weights, "method": method}
+        row |= {"ms": 1e3 * median, "first_call_ms": 1e3 * first[method]}
+        row["times_faster_than_svdvals"] = statistics.median(seconds["svdvals"]) / median
+        if method != "one pass":
+            errors = [abs(float(results[method][path]) / truth[path] - 1) for path in kernels]
+            row["max_relative_error"] = max(errors)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each method (default 5)")
+    parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the table there, too")
+    args = parser.parse_args()
+
+    device = jax.devices()[0]
+    about = {
+        "device": f"{device.device_kind} ({len(jax.devices())} device(s), host {platform.machine()})",
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "repeats": args.repeats,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"\n{'network':<11} {'weights':<13} {'method':<9} {'ms':>9} {'x svdvals':>10} {'max error':>10}")
+    rows = []
+    for network in [args.only] if args.only else NETWORKS:
+        for weights in ("Gaussian", "trained-like"):
+            for row in measure(network, weights, args.repeats):
+                error = f"{row['max_relative_error']:.1e}" if "max_relative_error" in row else "-"
+                faster = f"{row['times_faster_than_svdvals']:.1f}"
+                cells = f"{network:<11} {weights:<13} {row['method']:<9}"
+                print(f"{cells} {row['ms']:>9.1f} {faster:>10} {error:>10}", flush=True)
+                rows.append(row)
+    if args.json:
+        args.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

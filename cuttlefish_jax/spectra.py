@@ -1,0 +1,297 @@
+"""Spectra of a model's kernels: stable ranks, singular values and accumulative ranks over a params tree.
+
+Each function is one jitted call over the whole tree. Kernels whose matrices have one shape are stacked and go
+through one traced computation, so a network of a hundred layers compiles a handful. All arithmetic is float32
+at ``precision=HIGHEST``, whatever the dtype of the params: the default matmul precision of TPUs and recent
+GPUs would spoil a Gram matrix. Matrices are scaled by their largest entry first, so that no square overflows
+or vanishes.
+
+No SVD is taken: it is several times slower than what is here, and ``jnp.linalg.svd`` can take minutes to
+compile on a TPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cuttlefish_jax.kernels import Kernel, kernel_matrix
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+    Params = Mapping[str, Any]
+
+# Enough that 99 % of Gaussian matrices, the slowest to converge, come out within 1 %; at 20 steps 2 to 5 % of
+# them do not: those whose first singular vector happens to be nearly orthogonal to the start vector.
+LANCZOS_STEPS = 32
+
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def stable_ranks(
+    params: Params, kernels: Mapping[str, Kernel], *, method: Literal["exact", "lanczos"] = "exact"
+) -> dict[str, Float[Array, "*stack"]]:
+    r"""Stable rank of every kernel's matrix.
+
+    .. math:: \mathrm{sr}(W) = \|W\|_F^2 / \sigma_1^2 = \sum_i \sigma_i^2 / \sigma_1^2
+
+    a real number in ``[1, min(m, n)]`` (up to float32 rounding); it is not truncated to an integer.
+
+    ``"exact"`` takes :math:`\sigma_1^2` from all eigenvalues of the Gram matrix of the smaller side.
+    ``"lanczos"`` takes it from 32 Lanczos steps, with full reorthogonalisation and one fixed start vector: 64
+    passes over the weights and no Gram matrix. Its :math:`\sigma_1` is a lower bound, so the stable rank can
+    only come out too high: for Gaussian weights, the worst case known, by more than 1 % in fewer than one
+    matrix of a hundred, and by nothing visible for trained weights (``python benchmarks/rank_estimation.py``
+    measures both).
+
+    Args:
+      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      kernels: ``path -> Kernel``, as :func:`~cuttlefish_jax.find_kernels` returns it. It is static: a second
+        call with equal kernels and params of the same shapes does not recompile.
+      method: ``"exact"`` or ``"lanczos"``.
+
+    Returns:
+      ``path -> f32[]``, or ``f32[*stack]`` for layers stacked by ``scan`` or ``vmap``, in the order of
+      ``kernels``. A matrix of zeros has stable rank 0; one with a NaN or an infinity has NaN.
+
+    Raises:
+      ValueError: if ``method`` is unknown, or ``params`` are not those that ``kernels`` were found in.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cuttlefish_jax.kernels import Kernel
+      >>> from cuttlefish_jax.spectra import stable_ranks
+      >>> kernel = Kernel(path="dense", layer="Dense", shape=(2, 3), reduction_axes=(0,), output_axes=(1,))
+      >>> params = {"dense": {"kernel": jnp.array([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]])}}
+      >>> float(stable_ranks(params, {"dense": kernel})["dense"])  # (4**2 + 2**2) / 4**2
+      1.25
+
+    References:
+      Wang et al., `Cuttlefish: Low-Rank Model Training without All the Tuning
+      <https://arxiv.org/abs/2305.02538>`_, MLSys 2023.
+    """
+    if method not in _STABLE_RANK:
+        raise ValueError(f"method must be one of {sorted(_STABLE_RANK)}, got {method!r}")
+    return _by_path(kernels, _stable_ranks(params, tuple(kernels.values()), method))
+
+
+def singular_values(
+    params: Params, kernels: Mapping[str, Kernel]
+) -> dict[str, Float[Array, "*stack min_mn"]]:
+    r"""All singular values of every kernel's matrix, largest first.
+
+    They are the square roots of the eigenvalues of the smaller side's Gram matrix. Squaring costs half of
+    the digits: in float32, singular values below about :math:`3 \cdot 10^{-4}\,\sigma_1` are lost in rounding
+    noise of that size (they come out as anything from 0 to it). The leading ones are good to about 1e-6.
+
+    Args:
+      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
+
+    Returns:
+      ``path -> f32[*stack, min(m, n)]``, descending, in the order of ``kernels``; all NaN for a matrix with a
+      NaN or an infinity.
+
+    Raises:
+      ValueError: if ``params`` are not those that ``kernels`` were found in.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cuttlefish_jax.kernels import Kernel
+      >>> from cuttlefish_jax.spectra import singular_values
+      >>> kernel = Kernel(path="dense", layer="Dense", shape=(2, 3), reduction_axes=(0,), output_axes=(1,))
+      >>> params = {"dense": {"kernel": jnp.array([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0]])}}
+      >>> singular_values(params, {"dense": kernel})["dense"].tolist()
+      [4.0, 2.0]
+    """
+    return _by_path(kernels, _singular_values(params, tuple(kernels.values())))
+
+
+def accumulative_ranks(
+    params: Params, kernels: Mapping[str, Kernel], *, p: float = 0.8
+) -> dict[str, Int[Array, "*stack"]]:
+    r"""Accumulative rank of every kernel's matrix: the leading singular values that hold the share ``p``.
+
+    .. math:: \min \{k \ge 1 : \sum_{i \le k} \sigma_i \ge p \sum_i \sigma_i\}
+
+    up to float32 rounding of the sums. For ``p`` close to 1 the noise in the smallest singular values counts
+    too (see :func:`singular_values`): this is a measure for the bulk of a spectrum, not a numerical rank.
+
+    Args:
+      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
+      p: the share of the sum of singular values to hold, ``0 < p <= 1``.
+
+    Returns:
+      ``path -> i32[]``, or ``i32[*stack]`` for stacked layers, in the order of ``kernels``. It is 1 for a
+      matrix of zeros, and 0, which is no rank, for a matrix with a NaN or an infinity.
+
+    Raises:
+      ValueError: if ``p`` is outside ``(0, 1]``, or ``params`` are not those that ``kernels`` were found in.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from cuttlefish_jax.kernels import Kernel
+      >>> from cuttlefish_jax.spectra import accumulative_ranks
+      >>> kernel = Kernel(path="dense", layer="Dense", shape=(3, 3), reduction_axes=(0,), output_axes=(1,))
+      >>> params = {"dense": {"kernel": jnp.diag(jnp.array([6.0, 3.0, 1.0]))}}
+      >>> int(accumulative_ranks(params, {"dense": kernel}, p=0.8)["dense"])
+      2
+
+    References:
+      Wang et al., `Cuttlefish: Low-Rank Model Training without All the Tuning
+      <https://arxiv.org/abs/2305.02538>`_, MLSys 2023.
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"p must be in (0, 1], got {p}")
+    return _by_path(kernels, _accumulative_ranks(params, tuple(kernels.values()), float(p)))
+
+
+def _by_path(kernels: Mapping[str, Kernel], values: tuple[Array, ...]) -> dict[str, Array]:
+    return dict(zip(kernels, values, strict=True))
+
+
+# The jitted functions return tuples: a dict that passes through jit comes back sorted by key.
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _stable_ranks(params: Params, kernels: tuple[Kernel, ...], method: str) -> tuple[Array, ...]:
+    return _map_matrices(_STABLE_RANK[method], params, kernels)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _singular_values(params: Params, kernels: tuple[Kernel, ...]) -> tuple[Array, ...]:
+    return _map_matrices(_spectrum, params, kernels)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _accumulative_ranks(params: Params, kernels: tuple[Kernel, ...], p: Array) -> tuple[Array, ...]:
+    return _map_matrices(functools.partial(_accumulative_rank, p=p), params, kernels)
+
+
+def _map_matrices(
+    measure: Callable[[Float[Array, "m n"]], Array], params: Params, kernels: tuple[Kernel, ...]
+) -> tuple[Array, ...]:
+    """``measure`` of every kernel's matrix in float32, traced once for each shape."""
+
+    def measure_all(params: Params) -> tuple[Array, ...]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, kernel in enumerate(kernels):
+            groups.setdefault((kernel.m, kernel.n), []).append(index)
+
+        values: dict[int, Array] = {}
+        for shape, members in groups.items():
+            stacked = [kernel_matrix(params, kernels[i]).astype(jnp.float32) for i in members]
+            # Not vmap: XLA's CPU backend is up to twice as fast with one matrix after the other, each of
+            # which stays in the cache for all of its steps, as with batched matrix-vector products.
+            measured = jax.lax.map(measure, jnp.concatenate([one.reshape(-1, *shape) for one in stacked]))
+            start = 0
+            for index in members:
+                stack = kernels[index].stack_shape
+                stop = start + math.prod(stack)
+                values[index] = measured[start:stop].reshape(*stack, *measured.shape[1:])
+                start = stop
+        return tuple(values[index] for index in range(len(kernels)))
+
+    # Params on a mesh of explicit axes would need an output sharding for every reshape and product. There too
+    # the compiler may choose, and the results, small as they are, go to every device.
+    for leaf in jax.tree.leaves(params):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if mesh.explicit_axes:
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            measured: Any = jax.sharding.auto_axes(measure_all, out_sharding=everywhere)(params)
+            return measured
+    return measure_all(params)
+
+
+def _gram(matrix: Float[Array, "m n"]) -> Float[Array, "k k"]:
+    """Gram matrix of the smaller side, ``k = min(m, n)``."""
+    m, n = matrix.shape
+    return _matmul(matrix, matrix.T) if m <= n else _matmul(matrix.T, matrix)
+
+
+def _scaled(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, ""]]:
+    """The matrix with its largest entry scaled to 1, and the scale: 0, NaN or inf if there is no such."""
+    scale = jnp.max(jnp.abs(matrix))
+    usable = (scale > 0) & jnp.isfinite(scale)
+    return jnp.where(usable, matrix / jnp.where(usable, scale, 1), 0), scale
+
+
+def _ratio(numerator: Array, denominator: Array, scale: Array) -> Float[Array, ""]:
+    """``numerator / denominator``, but 0 for a matrix of zeros and NaN for one that is not finite."""
+    ratio = jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    return jnp.where(jnp.isfinite(scale), ratio, jnp.nan)
+
+
+def _exact_stable_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    matrix, scale = _scaled(matrix)
+    gram = _gram(matrix)
+    return _ratio(jnp.trace(gram), jnp.linalg.eigvalsh(gram)[-1], scale)
+
+
+def _lanczos_stable_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    matrix, scale = _scaled(matrix)
+    return _ratio(jnp.sum(matrix * matrix), _largest_gram_eigenvalue(matrix), scale)
+
+
+_STABLE_RANK = {"exact": _exact_stable_rank, "lanczos": _lanczos_stable_rank}
+
+
+def _largest_gram_eigenvalue(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+    r"""Largest eigenvalue of the smaller side's Gram matrix, from below, by Lanczos.
+
+    With orthonormal q_1, ..., q_k that span the Krylov space of a start vector, Q^T (W W^T) Q is the
+    tridiagonal matrix of the coefficients alpha (diagonal) and beta (beside it); its largest eigenvalue is
+    the best estimate that the space has.
+    """
+    m, n = matrix.shape
+    size = min(m, n)
+    steps = min(LANCZOS_STEPS, size)
+    # Random, so that it is orthogonal to no singular vector of anyone's weights; fixed, so that the same
+    # weights always have the same stable rank.
+    start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+
+    def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        basis, q, alphas, betas = carry
+        basis = basis.at[j].set(q)
+        # Both products read the rows of the matrix as they lie in memory; transposing it is slower.
+        w = _matmul(matrix, _matmul(q, matrix)) if m <= n else _matmul(_matmul(matrix, q), matrix)
+        alpha = _matmul(q, w)
+        for _ in range(2):  # once leaves the noise of cancellation behind; twice is enough
+            w = w - _matmul(_matmul(basis, w), basis)
+        alphas = alphas.at[j].set(alpha)
+        beta = jnp.linalg.norm(w)
+        # A beta of the size of rounding: the space is exhausted (few distinct singular values), its estimate
+        # is exact, and w is noise. From here on everything is zero.
+        beta = jnp.where(beta > 1e-6 * jnp.max(alphas), beta, 0)
+        q = w / jnp.where(beta > 0, beta, jnp.inf)
+        return basis, q, alphas, betas.at[j].set(beta)
+
+    zeros = jnp.zeros(steps, jnp.float32)
+    basis = jnp.zeros((steps, size), jnp.float32)
+    carry = (basis, jnp.asarray(start / np.linalg.norm(start)), zeros, zeros)
+    _, _, alphas, betas = jax.lax.fori_loop(0, steps, step, carry)
+    tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
+    return jnp.linalg.eigvalsh(tridiagonal)[-1]
+
+
+def _spectrum(matrix: Float[Array, "m n"]) -> Float[Array, " k"]:
+    matrix, scale = _scaled(matrix)
+    squares = jnp.linalg.eigvalsh(_gram(matrix))[::-1]
+    # Rounding makes zero eigenvalues negative.
+    return jnp.where(jnp.isfinite(scale), scale * jnp.sqrt(jnp.maximum(squares, 0)), jnp.nan)
+
+
+def _accumulative_rank(matrix: Float[Array, "m n"], *, p: Array) -> Int[Array, ""]:
+    sums = jnp.cumsum(_spectrum(matrix))
+    # The tolerance lets an exact tie, such as 4 of 5 equal values at p = 0.8, count as reached.
+    below = sums < p * sums[-1] * (1 - 1e-5)
+    rank = 1 + jnp.sum(below, dtype=jnp.int32)
+    return jnp.where(jnp.isfinite(sums[-1]), rank, 0)

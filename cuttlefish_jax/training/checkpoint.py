@@ -1,0 +1,375 @@
+"""Checkpoints: arrays and a JSON record, saved in the background, verified to the last bit when read.
+
+A checkpoint is the directory ``<step>/`` with two orbax items: ``arrays``, a flat mapping path -> array, and
+``record``, JSON that has what the caller wants to know before it can build the arrays' tree (phase, plan,
+tracker), and the SHA-256 of every array and of itself. So reading has two phases: all bytes are verified with
+no model at hand, and :meth:`Restored.into` then puts them into the tree which the record asks for.
+
+orbax's CheckpointManager believes every directory that it finds; which of them to trust, replace and delete
+is the whole point here, so it is decided here, on top of orbax's AsyncCheckpointer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from cuttlefish_jax.training.errors import CheckpointError, StorageError, storage_errors
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+# A checkpoint, or one that waits for its replacement under the same step to be whole.
+_CHECKPOINT = re.compile(r"(\d+)(\.replaced)?")
+_LEFTOVER = re.compile(r"\d+(\.replaced|\.orbax-checkpoint-tmp.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read whole.
+
+    Attributes:
+      step: the step that it was saved at.
+      record: what the caller saved beside the arrays.
+      directory: where it is.
+    """
+
+    step: int
+    record: dict[str, Any]
+    directory: Path
+    leaves: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    key_types: Mapping[str, str] = dataclasses.field(repr=False)
+
+    def into(self, abstract: Any) -> Any:
+        """The arrays in the tree that they were saved from, bit for bit.
+
+        Args:
+          abstract: that tree, of ``jax.ShapeDtypeStruct`` (from ``jax.eval_shape``) or of arrays.
+
+        Returns:
+          The same tree of numpy arrays, on the host; random keys are jax arrays.
+
+        Raises:
+          CheckpointError: if the checkpoint is of another tree; the message has the first difference.
+        """
+        wanted = _named_leaves(jax.eval_shape(lambda tree: tree, abstract))
+        for name in [*wanted, *self.leaves]:
+            ours, theirs = wanted.get(name), self.leaves.get(name)
+            expected = None if ours is None else _describe(_key_data_shape(ours), ours.dtype)
+            found = None if theirs is None else _describe(theirs.shape, self._dtype(name))
+            if expected != found:
+                raise CheckpointError(
+                    f"the checkpoint {self.directory} is of another model: {name} is {found or 'missing'} "
+                    f"there and {expected or 'not needed'} here. Use the settings that it was made with, or "
+                    "another --workdir"
+                )
+        leaves = [
+            jax.random.wrap_key_data(jnp.asarray(self.leaves[name]), impl=self.key_types[name])
+            if name in self.key_types
+            else self.leaves[name]
+            for name in wanted
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def _dtype(self, name: str) -> Any:
+        return (
+            jax.random.key(0, impl=self.key_types[name]).dtype
+            if name in self.key_types
+            else self.leaves[name].dtype
+        )
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
+
+    Every host calls every method; orbax lets the first one write. All arrays have to be whole on each host
+    (replicated, as data parallel training has them), and the directory shared by the hosts.
+
+    Args:
+      directory: where the checkpoints are; made at the first save.
+      keep: how many of the last checkpoints to keep.
+
+    Raises:
+      ValueError: if ``keep`` is not positive.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: at least one checkpoint has to be kept")
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._unfinished: int | None = None
+        self._has_failed = False
+        # With directories made in the background, orbax waits five minutes for one that cannot be made.
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, arrays: Any, record: Mapping[str, Any]) -> None:
+        """Starts to save; the arrays may be donated or changed as soon as it returns.
+
+        Nothing is deleted before the new checkpoint is whole. One with the same step is then replaced, and
+        later ones, which a run that fell back to an earlier checkpoint has left, are removed.
+
+        Args:
+          step: number of the checkpoint.
+          arrays: a tree of arrays; Python numbers become what jax makes of them, random keys are supported.
+          record: JSON to be read before the arrays.
+
+        Raises:
+          StorageError: if the disk is full or the directory cannot be written. That of an earlier save,
+            which went on in the background, is raised here too.
+          ValueError: if an array is not whole on this host.
+        """
+        self.wait()
+        leaves, key_types = _host_leaves(arrays)
+        payload = _payload(step, record, leaves, key_types)
+        # tensorstore has no empty arrays; those are all alike, and the record has their shapes.
+        stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        with self._storage_errors():
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._set_aside(step)
+            _barrier("checkpoint_save")
+            self._orbax.save(
+                self.directory / str(step),
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(stored), record=ocp.args.JsonSave(payload)
+                ),
+            )
+        self._unfinished = step
+
+    def wait(self) -> None:
+        """Waits until the last save is on the disk, then deletes what it makes superfluous.
+
+        Raises:
+          StorageError: if the save failed for lack of space or permission.
+        """
+        with self._storage_errors():
+            # Forgotten first: a save that failed must not be taken for whole when this is called again.
+            step, self._unfinished = self._unfinished, None
+            self._orbax.wait_until_finished()
+            if step is not None and jax.process_index() == 0:
+                self._tidy(step)
+
+    def close(self) -> None:
+        """Waits for the last save and ends orbax's threads.
+
+        Raises:
+          StorageError: as :meth:`wait`, unless a failure was raised before.
+        """
+        was_reported = self._has_failed
+        try:
+            with self._storage_errors():
+                try:
+                    self.wait()
+                finally:
+                    self._orbax.close()
+        except StorageError:
+            # orbax raises the failures of a save one after the other, and the first has told it all.
+            if not was_reported:
+                raise
+
+    def restore(self) -> Restored | None:
+        """Reads the last whole checkpoint. Nothing is changed on the disk.
+
+        A damaged checkpoint (files missing, cut short or altered, or a save that was cut off) is passed over
+        with a warning that names it.
+
+        Returns:
+          The checkpoint, or None if none was ever finished.
+
+        Raises:
+          CheckpointError: if there are checkpoints and none of them is whole.
+          StorageError: if the directory cannot be read.
+        """
+        with storage_errors(self.directory, action="read"):
+            candidates = self._candidates()
+        damages = []
+        while (rank := _agreed(max(candidates, default=-1))) >= 0:
+            directory = candidates.get(rank, self.directory / str(rank // 2))
+            damage, restored = self._read(directory)
+            if _agreed(int(restored is not None)) and restored is not None:
+                return restored
+            damages.append(f"{directory.name}: {damage or 'another host found it damaged'}")
+            _log.warning("passing over a damaged checkpoint, %s/%s", self.directory, damages[-1])
+            candidates = {r: path for r, path in candidates.items() if r < rank}
+        if not damages:
+            return None
+        raise CheckpointError(
+            f"no checkpoint in {self.directory} is whole ({'; '.join(damages)}). Nothing was deleted: mend "
+            "them, or start again with another --workdir"
+        )
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            with storage_errors(self.directory, action="save a checkpoint in"):
+                yield
+        except StorageError:
+            self._has_failed = True
+            raise
+
+    def _candidates(self) -> dict[int, Path]:
+        """Every checkpoint by its rank: the newest has the highest, a set-aside one less than its heir."""
+        try:
+            paths = list(self.directory.iterdir())
+        except FileNotFoundError:
+            return {}
+        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in paths]
+        return {2 * int(match[1]) + (not match[2]): path for match, path in matches if match}
+
+    def _read(self, directory: Path) -> tuple[str, Restored | None]:
+        """What is wrong with a checkpoint, or its contents."""
+        try:
+            with storage_errors(directory, action="read"):
+                return "", self._verified(directory)
+        except (StorageError, MemoryError):
+            raise
+        except _DamagedError as error:
+            return str(error), None
+        except Exception as error:
+            # Whatever orbax, tensorstore and json throw at broken files: there is no list of it.
+            first_line = str(error).strip().partition("\n")[0][:300]
+            return f"its files are damaged ({type(error).__name__}: {first_line})", None
+
+    def _verified(self, directory: Path) -> Restored:
+        if not ocp.utils.is_checkpoint_finalized(directory):
+            raise _DamagedError("it was never finished, or is half deleted")
+        record_args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        payload = self._orbax.restore(directory, args=record_args)["record"]
+        stated = payload.pop("sha256")
+        if payload["format"] != _FORMAT or _digest_of_json(payload) != stated:
+            raise _DamagedError("its record was altered")
+        specs: dict[str, dict[str, Any]] = payload["leaves"]
+        # Host arrays without memory: orbax then reads to the host, whatever devices were there at the save.
+        abstract = {
+            name: np.broadcast_to(np.zeros((), spec["dtype"]), spec["shape"]) for name, spec in specs.items()
+        }
+        stored = {name: leaf for name, leaf in abstract.items() if leaf.size}
+        arrays_args = ocp.args.Composite(arrays=ocp.args.StandardRestore(stored))
+        arrays = abstract | self._orbax.restore(directory, args=arrays_args)["arrays"]
+        for name, spec in specs.items():
+            if _digest(arrays[name]) != spec["sha256"]:
+                raise _DamagedError(f"its array {name} was altered")
+        key_types = {name: spec["key_type"] for name, spec in specs.items() if "key_type" in spec}
+        return Restored(payload["step"], payload["record"], directory, arrays, key_types)
+
+    def _set_aside(self, step: int) -> None:
+        """Makes room for a checkpoint whose step exists already, without losing that one."""
+        old, aside = self.directory / str(step), self.directory / f"{step}.replaced"
+        if old.exists():
+            if aside.exists():
+                shutil.rmtree(aside)
+            old.rename(aside)
+
+    def _tidy(self, step: int) -> None:
+        """Deletes everything but the last ``keep`` checkpoints up to ``step``, which is whole."""
+        checkpoints = self._candidates()
+        kept = sorted(rank for rank in checkpoints if rank % 2 and rank <= 2 * step + 1)[-self._keep :]
+        for path in self.directory.iterdir():
+            superfluous = any(path == other for rank, other in checkpoints.items() if rank not in kept)
+            if superfluous or _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not what was saved."""
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if name in named:
+            raise ValueError(f"two leaves of the tree are called {name!r}")
+        named[name] = leaf
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _host_leaves(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every leaf as a numpy array, and the types of those that are random keys."""
+    named = _named_leaves(tree)
+    key_types = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)}
+    plain = {
+        name: jax.random.key_data(leaf) if name in key_types
+        else leaf if isinstance(leaf, jax.Array)
+        else jnp.asarray(leaf)
+        for name, leaf in named.items()
+    }  # fmt: skip
+    for name, leaf in plain.items():
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            raise ValueError(
+                f"{name} is spread over several hosts: a checkpoint needs it whole on each of them"
+            )
+    return {name: np.asarray(leaf) for name, leaf in jax.device_get(plain).items()}, key_types
+
+
+def _payload(
+    step: int, record: Mapping[str, Any], leaves: Mapping[str, np.ndarray], key_types: Mapping[str, str]
+) -> dict[str, Any]:
+    specs = {}
+    for name, leaf in leaves.items():
+        specs[name] = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": _digest(leaf)}
+        if name in key_types:
+            specs[name]["key_type"] = key_types[name]
+    payload = {"format": _FORMAT, "step": step, "record": dict(record), "leaves": specs}
+    # Through JSON and back, so that the digest is of what will be read: tuples are lists by then.
+    payload = json.loads(json.dumps(payload))
+    return payload | {"sha256": _digest_of_json(payload)}
+
+
+def _digest(array: np.ndarray) -> str:
+    # A view as bytes, because the buffer protocol does not know bfloat16.
+    contiguous = np.ascontiguousarray(array).reshape(-1)
+    return hashlib.sha256(contiguous.view(np.uint8).data).hexdigest()
+
+
+def _digest_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _key_data_shape(leaf: Any) -> tuple[int, ...]:
+    return jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else tuple(leaf.shape)
+
+
+def _describe(shape: tuple[int, ...], dtype: Any) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _agreed(value: int) -> int:
+    """The smallest value of all hosts, so that all of them take the same decision."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

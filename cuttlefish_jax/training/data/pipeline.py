@@ -1,0 +1,258 @@
+"""From a data set to the batches of a pmapped step: one order of examples, and two ways to bring them.
+
+*On device*, the whole data set lies in the memory of every device, and a step is sent indices alone. *From
+the host*, grain reads the images ahead of time. Both ways, any number of hosts, and a run that was resumed
+give the same examples to the same step. The step is compiled alike for both::
+
+    def step(state, resident, batch):
+        examples = materialize(resident, batch)  # {"image", "label", "index"}
+        ...
+
+    step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=(None, 0))
+    for batch in train_input.epoch(0):
+        state, metrics = step(state, train_input.resident, batch)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from grain.experimental import index_shuffle
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cuttlefish_jax.training.data.sources import Source, in_memory
+from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream
+
+Devices = Sequence[Any]  # of jax.Device, which is no type to a type checker
+
+
+def materialize(resident: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The examples of a batch; to be called inside the compiled step.
+
+    Args:
+      resident: ``TrainInput.resident`` or ``EvalInput.resident``.
+      batch: one device's part of a batch: ``"index"`` ``int32[b]``, and the images and labels if they are
+        not resident.
+
+    Returns:
+      The batch with ``"image"`` ``uint8[b, h, w, c]`` and ``"label"`` ``int32[b]``.
+    """
+
+    def gather(array: Any) -> jax.Array:
+        return jnp.asarray(array).at[batch["index"]].get(mode="promise_in_bounds")
+
+    return {**batch, **{name: gather(array) for name, array in resident.items()}}
+
+
+class TrainInput:
+    """Training batches: every example at most once in an epoch, in an order of the seed and the epoch.
+
+    An epoch has ``len(source) // batch_size`` steps; the few examples that are left over are others in
+    each epoch.
+
+    Attributes:
+      resident: ``{"image", "label"}`` on every device, or ``{}`` if the batches bring them.
+      steps_per_epoch: batches in an epoch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        seed: int,
+        on_device: bool,
+        workers: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        devices: Devices | None = None,
+    ) -> None:
+        """Places the data set on the devices if it is to be there; reads nothing else yet.
+
+        Args:
+          source: the training examples, the same on every host.
+          batch_size: examples in a step, over all devices of all hosts.
+          seed: of the order.
+          on_device: whether the whole data set is kept in the memory of each device.
+          workers: processes that read where it is not; 0 reads in threads.
+          process_index: of this host; default ``jax.process_index()``.
+          process_count: number of hosts, each with as many devices; default ``jax.process_count()``.
+          devices: of this host; default ``jax.local_devices()``.
+
+        Raises:
+          ValueError: if the devices cannot share a batch evenly, or there is not one whole batch.
+        """
+        share = _Share.make(batch_size, process_index, process_count, devices)
+        if len(source) < batch_size:
+            raise ValueError(f"{len(source)} training examples are less than one batch of {batch_size}")
+        self.steps_per_epoch = len(source) // batch_size
+        self.resident, read_from, sharding = _bring(source, on_device, devices)
+        make = functools.partial(_train_batch, read_from, share, len(source), seed)
+        self._stream = Stream(make, sharding, workers=workers if read_from else 0)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This host's part of the batches of one epoch, from ``start_step`` on.
+
+        Args:
+          epoch: from 0.
+          start_step: the first step within the epoch; a resumed run goes on where it stopped.
+
+        Yields:
+          ``{"index": int32[devices, per_device]}``, with ``"image"`` ``uint8[devices, per_device, h, w, c]``
+          and ``"label"`` ``int32[devices, per_device]`` if they are not resident.
+
+        Raises:
+          ValueError: if the epoch has no such step.
+        """
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"no step {start_step} in epoch {epoch} of {self.steps_per_epoch} steps")
+        first = epoch * self.steps_per_epoch
+        return self._stream.steps(first + start_step, first + self.steps_per_epoch)
+
+    def close(self) -> None:
+        """Stops the threads and processes that read ahead."""
+        self._stream.close()
+
+
+class EvalInput:
+    """Evaluation batches: every example exactly once, in order.
+
+    The last batch is filled up with copies of example 0 of weight 0.
+
+    Attributes:
+      resident: ``{"image", "label"}`` on every device, or ``{}`` if the batches bring them.
+      num_steps: batches in one pass.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        on_device: bool,
+        workers: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        devices: Devices | None = None,
+    ) -> None:
+        """Places the data set on the devices if it is to be there; arguments as for :class:`TrainInput`.
+
+        Raises:
+          ValueError: if the devices cannot share a batch evenly, or there are no examples.
+        """
+        share = _Share.make(batch_size, process_index, process_count, devices)
+        if not len(source):
+            raise ValueError("no examples to evaluate on")
+        self.num_steps = -(-len(source) // batch_size)
+        self.resident, read_from, sharding = _bring(source, on_device, devices)
+        make = functools.partial(_eval_batch, read_from, share, len(source))
+        self._stream = Stream(make, sharding, workers=workers if read_from else 0)
+        self._passes = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """This host's part of one pass over the examples.
+
+        Yields:
+          As :meth:`TrainInput.epoch`, with ``"weight"`` ``f32[devices, per_device]``: 1, or 0 for filling.
+        """
+        # Passes follow on each other like epochs, so that the next one's first batches are read ahead.
+        first = self._passes * self.num_steps
+        self._passes += 1
+        return self._stream.steps(first, first + self.num_steps)
+
+    def close(self) -> None:
+        """Stops the threads and processes that read ahead."""
+        self._stream.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """How a batch is shared: the positions of a global batch that fall to this host, and their shape."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+    num_devices: int
+
+    @classmethod
+    def make(
+        cls,
+        batch_size: int,
+        process_index: int | None,
+        process_count: int | None,
+        devices: Devices | None,
+    ) -> _Share:
+        hosts = jax.process_count() if process_count is None else process_count
+        index = jax.process_index() if process_index is None else process_index
+        per_host = len(jax.local_devices() if devices is None else devices)
+        total = hosts * per_host
+        if batch_size < 1 or batch_size % total:
+            below = batch_size // total * total
+            near = f"{below} or {below + total}" if below > 0 else str(total)
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared evenly by {total} devices "
+                f"({hosts} hosts x {per_host}): use {near}"
+            )
+        return cls(batch_size, index, hosts, per_host)
+
+    def positions(self, step: int) -> np.ndarray:
+        """``int64[devices, per_device]``: the global batches one after another, this host's part of one."""
+        per_host = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * per_host
+        return np.arange(first, first + per_host).reshape(self.num_devices, -1)
+
+
+def _bring(
+    source: Source, on_device: bool, devices: Devices | None
+) -> tuple[Batch, Source | None, NamedSharding]:
+    """What is resident on the devices, what batches are read from, and the sharding of batches."""
+    mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("batch",))
+    sharded = NamedSharding(mesh, PartitionSpec("batch"))
+    if not on_device:
+        return {}, source, sharded
+    arrays = in_memory(source)
+    # Placed on all devices now: pmap would copy an array that lies on one device to the others every step.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put({"image": arrays.images, "label": arrays.labels}, everywhere), None, sharded
+
+
+def _train_batch(source: Source | None, share: _Share, num_examples: int, seed: int, step: int) -> HostBatch:
+    epoch, step_in_epoch = divmod(step, num_examples // share.batch_size)
+    # A permutation that is computed one index at a time: nothing to store, nothing to wait for when an
+    # epoch begins or a run resumes. grain.MapDataset.shuffle is the same function at five times the cost.
+    shuffle_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    positions = share.positions(step_in_epoch)
+    index = np.fromiter(
+        (
+            index_shuffle(int(i), max_index=num_examples - 1, seed=shuffle_seed, rounds=4)
+            for i in positions.flat
+        ),
+        np.int32,
+        positions.size,
+    ).reshape(positions.shape)
+    return _with_examples(source, {"index": index})
+
+
+def _eval_batch(source: Source | None, share: _Share, num_examples: int, step: int) -> HostBatch:
+    positions = share.positions(step % -(-num_examples // share.batch_size))
+    real = positions < num_examples
+    index = np.where(real, positions, 0).astype(np.int32)
+    return _with_examples(source, {"index": index, "weight": real.astype(np.float32)})
+
+
+def _with_examples(source: Source | None, batch: HostBatch) -> HostBatch:
+    if source is None:
+        return batch
+    index = batch["index"]
+    images, labels = source.read(index.ravel())
+    return {
+        **batch,
+        "image": images.reshape(*index.shape, *images.shape[1:]),
+        "label": labels.reshape(index.shape),
+    }

@@ -1,0 +1,80 @@
+"""Batches made ahead of their use: read by grain, put on the devices by a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
+
+HostBatch = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
+
+READER_THREADS = 4
+BATCHES_AHEAD_ON_HOST = 8
+BATCHES_AHEAD_ON_DEVICE = 2
+NO_END = 2**62  # a number of steps that no run reaches
+
+
+class Stream:
+    """The batches of steps 0, 1, 2, ...: a function of the step, called ahead of time.
+
+    What is read ahead is not thrown away between two calls of :meth:`steps` if the second begins where the
+    first ended: while a run evaluates, the next epoch's first batches are being made. Any other start
+    closes the readers and opens new ones.
+    """
+
+    def __init__(self, make: Callable[[int], HostBatch], sharding: NamedSharding, *, workers: int) -> None:
+        """Opens nothing yet.
+
+        Args:
+          make: the step's batch, arrays ``[devices, per_device, ...]``; pure, and can be pickled.
+          sharding: of the batch's leading axis over the devices.
+          workers: processes that call ``make``; 0 is threads of this process.
+        """
+        self._make = make
+        self._sharding = sharding
+        self._workers = workers
+        self._iterator: Any = None
+        self._position = 0
+
+    def steps(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``stop - 1``, on the devices."""
+        for step in range(start, stop):
+            iterator = self._iterator
+            if iterator is None or self._position != step:
+                iterator = self._open(step)
+            batch = next(iterator)
+            self._position = step + 1
+            yield batch
+
+    def close(self) -> None:
+        """Stops the reader threads and processes."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _open(self, start: int) -> Any:
+        self.close()
+        # One element is one batch: a reader decodes a whole batch by one call, and nothing is collated.
+        reading = grain.ReadOptions(num_threads=READER_THREADS, prefetch_buffer_size=BATCHES_AHEAD_ON_HOST)
+        batches = grain.MapDataset.range(start, NO_END).map(self._make).to_iter_dataset(reading)
+        if self._workers:
+            # grain reads absl flags here; a program that is not an absl app never parses them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            batches = batches.mp_prefetch(options)
+        placed = batches.map(self._place)
+        self._iterator = iter(
+            grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=BATCHES_AHEAD_ON_DEVICE)
+        )
+        self._position = start
+        return self._iterator
+
+    def _place(self, batch: HostBatch) -> Batch:
+        return jax.device_put(batch, self._sharding)

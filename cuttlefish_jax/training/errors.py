@@ -1,0 +1,107 @@
+"""Problems that the user can mend: one line that names the thing and the way out, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A problem outside the code; ``train.py`` prints the message alone and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A setting that makes no sense, or that names something which does not exist."""
+
+
+class WorkdirError(UserError):
+    """A working directory that belongs to another run, is in use, or was damaged."""
+
+
+class CheckpointError(UserError):
+    """Checkpoints that are damaged, or that belong to another model."""
+
+
+class StorageError(UserError):
+    """A disk that is full, or a directory that cannot be read or written."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NOT_A_DIRECTORY = (errno.ENOTDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | Path, *, action: str = "write") -> Iterator[None]:
+    """Turns a full disk and missing permissions into a :class:`StorageError` that names ``path``.
+
+    Libraries written in C++ report these as text in an exception of another type, and asynchronous ones as
+    the cause of one; both are recognised. Every other exception passes through unchanged.
+
+    Args:
+      path: what is being written or read.
+      action: what is being done to it, for the message.
+
+    Raises:
+      StorageError: in place of the errors described above, which become its cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        advice = _advice(error, Path(path))
+        if advice is None:
+            raise
+        raise StorageError(f"cannot {action} {path}: {advice}") from error
+
+
+def _advice(error: BaseException, path: Path) -> str | None:
+    """What went wrong and what to do about it; None if it is not about storage."""
+    chain = _chain(error)
+    if _any_of(chain, _FULL):
+        return (
+            f"no space left on the disk ({_free_space(path)} free). Free some, or give a --workdir on "
+            "another disk; what was saved before is whole, and the same command goes on from there"
+        )
+    if _any_of(chain, _FORBIDDEN):
+        return "permission denied. Change the permissions, or give another --workdir"
+    if _any_of(chain, _NOT_A_DIRECTORY):
+        return "a part of this path is a file, not a directory. Give another --workdir"
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, its causes, and the members of exception groups."""
+    found: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or any(current is seen for seen in found):
+            continue
+        found.append(current)
+        pending += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            pending += current.exceptions
+    return found
+
+
+def _any_of(chain: list[BaseException], numbers: tuple[int, ...]) -> bool:
+    texts = [os.strerror(number) for number in numbers]
+    for error in chain:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in numbers:
+                return True
+        # tensorstore: "RESOURCE_EXHAUSTED: ... [OS error 28: ENOSPC No space left on device]"
+        elif any(text in str(error) for text in texts):
+            return True
+    return False
+
+
+def _free_space(path: Path) -> str:
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB"

@@ -1,0 +1,231 @@
+"""A whole run: full-rank epochs, the switch, low-rank epochs, and what is left of them in the workdir."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import cuttlefish_jax as cf
+from cuttlefish_jax.training import report
+from cuttlefish_jax.training.checkpoint import Checkpointer
+from cuttlefish_jax.training.epoch import evaluate, train_epoch
+from cuttlefish_jax.training.experiment import Experiment, Phase
+from cuttlefish_jax.training.method import deadline, make_tracker, plan_from_config
+from cuttlefish_jax.training.progress import Progress
+from cuttlefish_jax.training.state import TrainState
+from cuttlefish_jax.training.step import AXIS
+from cuttlefish_jax.training.summary import summarize
+from cuttlefish_jax.training.workdir import Workdir
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Trains as configured, or goes on with the run that was interrupted in ``workdir``.
+
+    Args:
+      config: see :func:`cuttlefish_jax.training.config.default_config`.
+      workdir: where everything is written: ``metrics.jsonl``, ``ranks.jsonl``, ``plan.json``,
+        ``ranks.png``, ``checkpoints/``, ``best/``, ``summary.json``.
+
+    Returns:
+      The contents of ``summary.json``.
+
+    Raises:
+      UserError: for everything that the user can mend.
+    """
+    is_writer = jax.process_index() == 0
+    with Workdir(workdir, is_writer=is_writer) as directory:
+        if directory.is_finished:
+            directory.claim(config)
+            print(f"{directory.path} is finished: see summary.json there, or give another --workdir")
+            return directory.read_json("summary.json")
+        experiment = Experiment.from_config(config)
+        directory.claim(config)
+        with (
+            Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
+            Checkpointer(directory.path / "best", keep=1) as best,
+        ):
+            return _Run(experiment, directory, checkpointer, best).to_the_end()
+
+
+class _Run:
+    """The changing parts of a run, and what an epoch does to them."""
+
+    def __init__(
+        self, experiment: Experiment, directory: Workdir, checkpointer: Checkpointer, best: Checkpointer
+    ):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.directory = directory
+        self.checkpointer = checkpointer
+        self.best = best
+        self.progress = Progress(make_tracker(self.config))
+        self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
+        self.rank_seconds = 0.0
+        self.phase, self.state = self._start()
+        self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
+
+    def to_the_end(self) -> dict[str, Any]:
+        progress, config = self.progress, self.config
+        for epoch in range(progress.epoch, config.epochs):
+            if self._switch_is_due(epoch):
+                self._switch(epoch)
+            metrics = self._train(epoch)
+            self._measure(epoch + 1)
+            self._log(epoch, metrics)
+            progress.epoch = epoch + 1
+            if progress.epoch % config.checkpoint.every_epochs == 0 or progress.epoch == config.epochs:
+                self._save()
+        return self._finish()
+
+    def _start(self) -> tuple[Phase, TrainState]:
+        """The state of the last whole checkpoint, or a new one."""
+        restored = self.checkpointer.restore()
+        if restored is not None:
+            self.progress = progress = Progress.from_record(restored.record, self.progress.tracker)
+            steps = self.experiment.train.steps_per_epoch
+            phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
+            state = restored.into(jax.eval_shape(lambda: self.experiment.create_state(phase)))
+            _say(f"going on after epoch {progress.epoch} of {self.config.epochs} ({phase.name})")
+        else:
+            phase = self.experiment.phase()
+            state = self.experiment.create_state(phase)
+        # What was written after the checkpoint will be written again.
+        self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
+        self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
+        state = jax.device_put(state, self.replicated)
+        if restored is None:
+            self.state, self.phase = state, phase
+            self._measure(0)
+        return phase, state
+
+    def _switch_is_due(self, epoch: int) -> bool:
+        progress, last_call = self.progress, deadline(self.config)
+        if progress.plan is not None or progress.stays_full_rank:
+            return False
+        if progress.tracker.switch_epoch is not None:
+            return epoch >= progress.tracker.switch_epoch
+        if last_call is None or epoch < last_call:
+            return False
+        left = [path for path in progress.ranks_t if path not in progress.tracker.converged_at]
+        switches = self.config.switch.if_never == "switch"
+        progress.stays_full_rank = not switches
+        warnings.warn(
+            f"the stable ranks of {len(left)} layers, {left[0]} among them, have not converged by epoch {epoch} of "
+            f"{self.config.epochs} (config.switch.deadline): "
+            + ("switching now" if switches else "staying full-rank to the end")
+            + " (config.switch.if_never)",
+            stacklevel=2,
+        )
+        return switches
+
+    def _switch(self, epoch: int) -> None:
+        """Makes the plan, rewrites the state, and builds the steps of the low-rank phase."""
+        start = time.perf_counter()
+        progress, experiment = self.progress, self.experiment
+        plan = plan_from_config(self.config, experiment.kernels, progress.ranks_t, progress.ranks_0)
+        _say(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
+        if not plan.ranks:
+            progress.stays_full_rank = True
+            warnings.warn("no layer would get smaller: staying full-rank to the end", stacklevel=2)
+            return
+        phase = experiment.phase(plan, switch_step=epoch * experiment.train.steps_per_epoch)
+        state = cf.switch(self.state, plan, phase.tx, apply_fn=phase.model.apply)
+        if self.config.switch.optimizer == "reset":
+            # The moments are forgotten; the counters, which the learning rate follows, are not.
+            zeroed = optax.tree_map_params(phase.tx, jnp.zeros_like, state.opt_state)
+            state = state.replace(opt_state=zeroed)
+        self.state = jax.block_until_ready(jax.device_put(state, self.replicated))
+        self.phase = phase
+        progress.plan, progress.switch_epoch = plan, epoch
+        # The full-rank network is not a candidate for the best low-rank one.
+        progress.best = None
+        self.directory.write_json("plan.json", json.loads(plan.to_json()))
+        progress.seconds["switch"] += time.perf_counter() - start
+
+    def _train(self, epoch: int) -> dict[str, Any]:
+        """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""
+        progress, phase, data = self.progress, self.phase, self.experiment.train
+        compiled_before = phase.compile_seconds
+        rate = float(phase.schedule(epoch * data.steps_per_epoch))
+        description = f"epoch {epoch + 1}/{self.config.epochs}"
+        with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
+            self.state, trained = train_epoch(phase.train_step, self.state, data, epoch, on_step=advance)
+        metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
+        metrics |= {name: trained[name] for name in ("train_loss", "train_accuracy", "seconds")}
+        for split, source in self.experiment.evaluation.items():
+            loss, accuracy = evaluate(phase.eval_steps[split], self.state.eval_variables, source)
+            metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+        examples = trained["steps"] * self.config.batch_size
+        metrics["examples_per_second"] = examples / trained["seconds"]
+        progress.seconds[phase.name] += trained["seconds"]
+        progress.seconds["compile"] += phase.compile_seconds - compiled_before
+        progress.examples[phase.name] += int(examples)
+        if progress.is_better(metrics):
+            progress.best = {name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))}
+            self.best.save(epoch, self.state.eval_variables, progress.to_record())
+        return metrics
+
+    def _measure(self, epochs_trained: int) -> None:
+        """Measures the stable ranks after so many epochs and tells the tracker; until the switch."""
+        if self.phase.plan is not None:
+            return
+        start = time.perf_counter()
+        progress = self.progress
+        ranks = cf.stable_ranks(self.state.params, self.experiment.kernels, method=self.config.ranks.method)
+        ranks = {path: value.tolist() for path, value in jax.device_get(ranks).items()}
+        seconds = time.perf_counter() - start
+        progress.seconds["rank"] += seconds
+        self.rank_seconds = seconds
+        if not progress.stays_full_rank:
+            progress.tracker.update(ranks)
+        self.directory.append("ranks.jsonl", {"epoch": epochs_trained, **ranks})
+
+    def _log(self, epoch: int, metrics: dict[str, Any]) -> None:
+        metrics["rank_seconds"] = self.rank_seconds if self.phase.plan is None else 0.0
+        self.directory.append("metrics.jsonl", metrics)
+        shown = ("phase", "train_loss", "test_loss", "test_accuracy", "learning_rate", "examples_per_second")
+        now = time.perf_counter()
+        left = (now - self.started) / (epoch + 1 - self.first_epoch) * (self.config.epochs - epoch - 1)
+        _say(
+            report.progress_line(
+                epoch=epoch, epochs=self.config.epochs, seconds_left=left, **{name: metrics[name] for name in shown}
+            )
+        )
+
+    def _save(self) -> None:
+        self.checkpointer.save(self.progress.epoch, self.state, self.progress.to_record())
+
+    def _finish(self) -> dict[str, Any]:
+        self.checkpointer.wait()
+        self.best.wait()
+        summary = summarize(
+            self.experiment, self.phase, self.progress, self.directory.read_log("metrics.jsonl")
+        )
+        self._plot()
+        self.directory.write_json("summary.json", summary)
+        _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
+        return summary
+
+    def _plot(self) -> None:
+        report.plot_ranks(
+            [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
+            self.directory.path / "ranks.png",
+            switch_epoch=self.progress.switch_epoch,
+            factorized=None if self.progress.plan is None else self.progress.plan.ranks,
+            title=f"Stable ranks: {self.config.name}",
+        )
+
+
+def _say(text: str) -> None:
+    """Prints for people, once however many hosts there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)

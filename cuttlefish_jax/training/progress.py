@@ -1,0 +1,76 @@
+"""What a run knows besides its arrays: the JSON record of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from cuttlefish_jax import FactorizationPlan, RankTracker
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+      tracker: the history of the stable ranks, and which layers have converged.
+      epoch: the next epoch to train, counted from 0.
+      plan: what is factorized; ``None`` in the full-rank phase.
+      switch_epoch: the first low-rank epoch, ``None`` before the switch.
+      stays_full_rank: whether the ranks missed their deadline, or no layer would have got smaller.
+      best: epoch and metrics of the best validation accuracy of the present phase.
+      seconds: time spent, by what it was spent on; none of it twice.
+      examples: training examples seen, by phase.
+    """
+
+    tracker: RankTracker
+    epoch: int = 0
+    plan: FactorizationPlan | None = None
+    switch_epoch: int | None = None
+    stays_full_rank: bool = False
+    best: dict[str, Any] | None = None
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict(full_rank=0.0, low_rank=0.0, rank=0.0, switch=0.0, compile=0.0)
+    )
+    examples: dict[str, int] = dataclasses.field(default_factory=lambda: dict(full_rank=0, low_rank=0))
+
+    @property
+    def ranks_0(self) -> dict[str, Any]:
+        """``{path: stable rank}`` at the initialisation."""
+        return {path: history[0] for path, history in self.tracker.history.items()}
+
+    @property
+    def ranks_t(self) -> dict[str, Any]:
+        """``{path: stable rank}`` at the last measurement."""
+        return {path: history[-1] for path, history in self.tracker.history.items()}
+
+    def is_better(self, metrics: dict[str, Any]) -> bool:
+        """Whether an epoch's validation accuracy is the best so far; equal ones are told apart by the loss."""
+        if self.best is None:
+            return True
+        ours, theirs = ((m["validation_accuracy"], -m["validation_loss"]) for m in (metrics, self.best))
+        return ours > theirs
+
+    def to_record(self) -> dict[str, Any]:
+        """The progress as JSON."""
+        record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        record["tracker"] = self.tracker.to_state()
+        record["plan"] = None if self.plan is None else self.plan.to_json()
+        return record
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], tracker: RankTracker) -> Progress:
+        """The progress that :meth:`to_record` wrote.
+
+        Args:
+          record: the JSON.
+          tracker: a fresh tracker with the run's criterion.
+        """
+        plan = record["plan"]
+        return cls(
+            **record
+            | {
+                "tracker": RankTracker.from_state(tracker.criterion, record["tracker"]),
+                "plan": None if plan is None else FactorizationPlan.from_json(plan),
+            }
+        )

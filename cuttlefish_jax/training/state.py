@@ -1,0 +1,56 @@
+"""What changes while a network trains: flax's TrainState, with batch statistics, an average and a random key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from flax.training import train_state
+
+
+class TrainState(train_state.TrainState):
+    """Parameters and all that goes with them; a pytree, replicated over the devices.
+
+    Attributes:
+      batch_stats: running statistics of batch norms, ``{}`` if there are none.
+      ema_params: moving average of ``params``, or ``None``.
+      key: the run's random key; it does not change, every step folds its number in.
+    """
+
+    batch_stats: Any
+    ema_params: Any
+    key: jax.Array
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """What the model is evaluated with: the average if there is one, and the statistics."""
+        params = self.params if self.ema_params is None else self.ema_params
+        return {"params": params, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    model: nn.Module, tx: optax.GradientTransformation, example: Any, *, seed: int, ema: bool
+) -> TrainState:
+    """A state at random initialisation.
+
+    Args:
+      model: a Linen module called as ``model(x, train=...)``.
+      tx: its optimizer.
+      example: an array or ``jax.ShapeDtypeStruct`` of the shape and dtype of one input batch.
+      seed: of the initialisation and of everything random in training.
+      ema: whether to keep a moving average of the parameters.
+    """
+    init_key, key = jax.random.split(jax.random.key(seed))
+    # Compiled as a whole: one program in place of one for every layer.
+    variables = jax.jit(lambda k, x: model.init(k, x, train=False))(init_key, example)
+    params = variables["params"]
+    return TrainState.create(
+        apply_fn=model.apply,
+        params=params,
+        tx=tx,
+        batch_stats=variables.get("batch_stats", {}),
+        ema_params=jax.tree.map(lambda x: x.copy(), params) if ema else None,
+        key=key,
+    )

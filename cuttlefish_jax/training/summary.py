@@ -1,0 +1,60 @@
+"""The results of a run: the contents of ``summary.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from cuttlefish_jax.training.experiment import Experiment, Phase
+from cuttlefish_jax.training.progress import Progress
+
+
+def summarize(
+    experiment: Experiment, phase: Phase, progress: Progress, metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What came out of a run.
+
+    Args:
+      experiment: its fixed parts.
+      phase: its last phase.
+      progress: at its end.
+      metrics: the lines of ``metrics.jsonl``.
+
+    Returns:
+      The contents of ``summary.json``: FLOPs are forward ones for one example, times in seconds;
+      ``best_test_accuracy`` is the test accuracy of the epoch with the best validation accuracy.
+    """
+    config, plan, best = experiment.config, progress.plan, progress.best or {}
+    full = experiment.phase()
+    params_full = experiment.kernels.num_params
+
+    def throughput(phase_name: str) -> float | None:
+        seconds = progress.seconds[phase_name]
+        return progress.examples[phase_name] / seconds if seconds else None
+
+    return {
+        "method": config.method,
+        "model": config.model.name,
+        "dataset": config.data.name,
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "switch_epoch": progress.switch_epoch,
+        "ranks": {} if plan is None else plan.ranks,
+        "params_full": params_full,
+        "params_final": params_full if plan is None else plan.num_params,
+        "flops_full": experiment.count_flops(full),
+        "flops_final": experiment.count_flops(phase),
+        "test_accuracy": metrics[-1]["test_accuracy"],
+        "best_test_accuracy": best.get("test_accuracy"),
+        "best_epoch": best.get("epoch"),
+        "train_seconds": progress.seconds["full_rank"] + progress.seconds["low_rank"],
+        "rank_seconds": progress.seconds["rank"],
+        "switch_seconds": progress.seconds["switch"],
+        "compile_seconds": progress.seconds["compile"],
+        "examples_per_second_full": throughput("full_rank"),
+        "examples_per_second_low": throughput("low_rank"),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,441 @@
+"""Checkpoints come back bit for bit, or not at all."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cuttlefish_jax.training.checkpoint import Checkpointer
+from cuttlefish_jax.training.errors import CheckpointError, StorageError, UserError
+
+
+def make_state(seed, *, width=8):
+    """A tree with everything that a training state has: odd dtypes, odd values, keys, empty parts."""
+    key = jax.random.key(seed)
+    params = {"dense": {"kernel": jax.random.normal(key, (5, width)), "bias": jnp.zeros(width)}}
+    return {
+        "params": params,
+        "optimizer": optax.adam(0.1).init(params),
+        "half": jnp.asarray([1.5, -0.0, jnp.inf, jnp.nan], jnp.bfloat16),
+        "flags": jnp.asarray([True, False]),
+        "empty": jnp.zeros((0, 3)),
+        "rng": jax.random.split(jax.random.key(seed + 1), 2),
+        "step": seed,
+    }
+
+
+def plain(tree):
+    is_key = lambda x: hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else jnp.asarray(x)), tree)
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(plain(actual)), jax.tree.leaves(plain(expected)), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (e.dtype, e.shape, e.tobytes())
+
+
+def save_all(directory, steps, *, keep=2):
+    with Checkpointer(directory, keep=keep) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(step), {"epoch": step})
+
+
+def restore(directory):
+    with Checkpointer(directory) as checkpointer:
+        return checkpointer.restore()
+
+
+def names(directory):
+    return sorted(os.listdir(directory))
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path):
+    state = make_state(3)
+    record = {"phase": "low_rank", "tracker": {"history": [[1.5, 0.1], []], "at": None}, "loss": 1e-300}
+    with Checkpointer(tmp_path / "new" / "checkpoints") as checkpointer:
+        checkpointer.save(3, state, record)
+    restored = restore(tmp_path / "new" / "checkpoints")
+    assert (restored.step, restored.record) == (3, record)
+    arrays = restored.into(jax.eval_shape(lambda: state))
+    assert_same_bits(arrays, state)
+    assert arrays["rng"].dtype == state["rng"].dtype
+    # What was restored is a training state again.
+    jax.random.normal(arrays["rng"][0])
+    optax.adam(0.1).update(arrays["params"], arrays["optimizer"])
+
+
+def test_the_kind_of_random_key_is_kept(tmp_path):
+    state = {"rng": jax.random.key(7, impl="rbg")}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+    restored = restore(tmp_path)
+    assert_same_bits(restored.into(state), state)
+    with pytest.raises(CheckpointError, match=r"rng is key<rbg>\[4\] there and key<fry>\[2\] here"):
+        restored.into({"rng": jax.random.key(7)})
+
+
+def test_replicated_arrays_are_saved_once_and_whole(tmp_path):
+    mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    state = jax.device_put({"kernel": jax.random.normal(jax.random.key(0), (16, 16))}, replicated)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+    assert_same_bits(restore(tmp_path).into(jax.eval_shape(lambda: state)), jax.device_get(state))
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
+    change = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    state = {"kernel": jax.random.normal(jax.random.key(0), (512, 1024))}
+    expected = jax.device_get(state)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+        jax.block_until_ready(change(state))
+    assert_same_bits(restore(tmp_path).into(expected), expected)
+
+
+def test_an_empty_or_missing_directory_has_no_checkpoint(tmp_path):
+    assert restore(tmp_path / "missing") is None
+    assert not (tmp_path / "missing").exists()
+    assert restore(tmp_path) is None
+
+
+def test_only_the_last_ones_are_kept(tmp_path):
+    save_all(tmp_path, [1, 2, 3, 4], keep=2)
+    assert names(tmp_path) == ["3", "4"]
+    assert restore(tmp_path).step == 4
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save_all(tmp_path, [1, 2])
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, make_state(77), {"epoch": "again"})
+    restored = restore(tmp_path)
+    assert (restored.step, restored.record) == (2, {"epoch": "again"})
+    assert_same_bits(restored.into(make_state(77)), make_state(77))
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_checkpoint_set_aside_counts_until_its_successor_is_whole(tmp_path):
+    save_all(tmp_path, [2])
+    (tmp_path / "2").rename(tmp_path / "2.replaced")  # killed just after this
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    assert_same_bits(restore(tmp_path).into(make_state(2)), make_state(2))
+    save_all(tmp_path, [2])
+    assert names(tmp_path) == ["2"]
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_keep_must_be_positive(tmp_path, keep):
+    with pytest.raises(ValueError, match="keep = "):
+        Checkpointer(tmp_path, keep=keep)
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match="called 'a/b'"):
+        checkpointer.save(1, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s["params"]["dense"].pop("bias"),
+            r"params/dense/bias is float32\[8\] there and not needed",
+        ),
+        (lambda s: s.update(extra=jnp.ones(2)), r"extra is missing there and float32\[2\] here"),
+        (lambda s: s.update(flags=jnp.ones(2)), r"flags is bool\[2\] there and float32\[2\] here"),
+        (
+            lambda s: s["params"]["dense"].update(kernel=jnp.ones((5, 9))),
+            r"params/dense/kernel is float32\[5, 8\] there and float32\[5, 9\] here",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, change, message):
+    save_all(tmp_path, [1])
+    other = make_state(1)
+    change(other)
+    with pytest.raises(CheckpointError, match=message):
+        restore(tmp_path).into(jax.eval_shape(lambda: other))
+
+
+@pytest.fixture
+def end_of_readers():
+    yield
+    time.sleep(0.2)
+
+
+def orphaned_readers(test):
+    """Allows for readers of other arrays, which orbax leaves behind when the first one fails."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return pytest.mark.usefixtures("end_of_readers")(ignored(test))
+
+
+def data_files(directory):
+    return [p for p in sorted(directory.rglob("*")) if p.is_file() and p.stat().st_size]
+
+
+@orphaned_readers
+def test_every_damage_is_noticed(tmp_path):
+    """Each file deleted, cut in half and with one bit flipped: never are other bits restored."""
+    save_all(tmp_path / "whole", [1])
+    expected = make_state(1)
+    count = 0
+    for index, file in enumerate(data_files(tmp_path / "whole" / "1")):
+        for damage in (delete, cut, flip):
+            shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+            damage(tmp_path / "damaged" / file.relative_to(tmp_path / "whole"), seed=index)
+            try:
+                restored = restore(tmp_path / "damaged")
+            except CheckpointError:
+                count += 1
+            else:  # a file that nothing depends on
+                assert_same_bits(restored.into(expected), expected)
+            assert names(tmp_path / "damaged") == ["1"]
+            shutil.rmtree(tmp_path / "damaged")
+    assert count >= 10
+
+
+def delete(file, seed):
+    file.unlink()
+
+
+def cut(file, seed):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file, seed):
+    contents = bytearray(file.read_bytes())
+    contents[np.random.default_rng(seed).integers(len(contents))] ^= 4
+    file.write_bytes(contents)
+
+
+def damage_arrays(directory):
+    """Flips one bit in the middle of every file that has numbers of arrays."""
+    files = list((directory / "arrays").rglob("d/*"))
+    assert files
+    for file in files:
+        contents = bytearray(file.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        file.write_bytes(contents)
+
+
+@orphaned_readers
+def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, caplog):
+    save_all(tmp_path, [10, 20, 30], keep=3)
+    damage_arrays(tmp_path / "30")
+    with caplog.at_level(logging.WARNING):
+        restored = restore(tmp_path)
+    assert restored.step == 20
+    assert_same_bits(restored.into(make_state(20)), make_state(20))
+    [warning] = caplog.messages
+    assert f"{tmp_path}/30: " in warning
+    assert names(tmp_path) == ["10", "20", "30"]
+
+
+def test_altered_numbers_in_the_record_are_damage(tmp_path, caplog):
+    save_all(tmp_path, [12, 13])
+    record = tmp_path / "13" / "record" / "metadata"
+    text = record.read_text()
+    assert '"epoch": 13' in text
+    record.write_text(text.replace('"epoch": 13', '"epoch": 17'))
+    with caplog.at_level(logging.WARNING):
+        assert restore(tmp_path).record == {"epoch": 12}
+    assert "13: its record was altered" in caplog.text
+
+
+@orphaned_readers
+def test_an_array_exchanged_for_another_is_damage(tmp_path):
+    """Files that are all valid, but belong to another save: only the digests can tell."""
+    save_all(tmp_path, [1, 2])
+    shutil.rmtree(tmp_path / "2" / "arrays")
+    shutil.copytree(tmp_path / "1" / "arrays", tmp_path / "2" / "arrays")
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(CheckpointError, match=r"2: its array .* was altered"):
+        restore(tmp_path)
+
+
+@orphaned_readers
+def test_a_run_goes_on_over_damaged_checkpoints(tmp_path):
+    """Fall back, save the same step again, and be left with whole checkpoints only."""
+    save_all(tmp_path, [10, 20, 30, 40], keep=4)
+    damage_arrays(tmp_path / "30")
+    shutil.rmtree(tmp_path / "40" / "arrays")
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.restore().step == 20
+        assert names(tmp_path) == ["10", "20", "30", "40"]
+        checkpointer.save(30, make_state(30), {"epoch": 30})
+        checkpointer.wait()
+        assert names(tmp_path) == ["20", "30"]
+        assert checkpointer.restore().step == 30
+        checkpointer.save(40, make_state(40), {"epoch": 40})
+    assert names(tmp_path) == ["30", "40"]
+    assert restore(tmp_path).step == 40
+
+
+def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
+    save_all(tmp_path, [1, 2])
+    for step in ("1", "2"):
+        cut(tmp_path / step / "record" / "metadata", seed=0)
+    before = [(file, file.read_bytes()) for file in data_files(tmp_path)]
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is whole \(2: .*; 1: .*another --workdir"
+    ):
+        restore(tmp_path)
+    assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
+
+
+def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Checkpointer(tmp_path / "file" / "checkpoints") as checkpointer:
+        with pytest.raises(
+            StorageError, match=r"cannot save a checkpoint in .*file/checkpoints: .*--workdir"
+        ):
+            checkpointer.save(1, make_state(1), {})
+        with pytest.raises(StorageError, match="cannot read"):
+            checkpointer.restore()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 100_000, 900_000])
+def test_a_full_disk_is_the_users_to_mend_and_leaves_earlier_checkpoints(small_disk, free):
+    """However early or late in the save the disk runs full."""
+    state = {"noise": jax.random.normal(jax.random.key(0), (250_000,))}
+    directory = small_disk / "checkpoints"
+    checkpointer = Checkpointer(directory)
+    checkpointer.save(1, state, {"epoch": 1})
+    checkpointer.wait()
+    ballast = small_disk / "ballast"
+    space = os.statvfs(small_disk)
+    ballast.write_bytes(bytes(space.f_bavail * space.f_bsize - free))
+    with pytest.raises(
+        StorageError, match=rf"cannot save a checkpoint in {directory}: no space left .*--workdir"
+    ):
+        checkpointer.save(2, state, {"epoch": 2})
+        checkpointer.wait()
+    checkpointer.close()
+    restored = restore(directory)
+    assert restored.step == 1
+    assert_same_bits(restored.into(state), state)
+    # With space again, the same save works and nothing of the failed one is left.
+    ballast.unlink()
+    with Checkpointer(directory) as again:
+        again.save(2, state, {"epoch": 2})
+    assert names(directory) == ["1", "2"]
+    assert restore(directory).step == 2
+
+
+def test_a_read_only_disk_is_the_users_to_mend(small_disk):
+    save_all(small_disk / "checkpoints", [1])
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with Checkpointer(small_disk / "checkpoints") as checkpointer:
+        assert checkpointer.restore().step == 1
+        with pytest.raises(UserError, match="permission denied"):
+            checkpointer.save(2, make_state(2), {})
+            checkpointer.wait()
+
+
+_SAVE_FOR_EVER = """
+    import sys, itertools, jax
+    from cuttlefish_jax.training.checkpoint import Checkpointer
+    state = {"noise": jax.random.normal(jax.random.key(0), (3_000_000,))}
+    with Checkpointer(sys.argv[1]) as checkpointer:
+        first = checkpointer.restore()
+        for step in itertools.count(first.step + 1 if first else 0):
+            checkpointer.save(step, state, {"epoch": step})
+            print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path, caplog):
+    expected = {"noise": jax.random.normal(jax.random.key(0), (3_000_000,))}
+    last = -1
+    for delay in (0.0, 0.03, 0.1):
+        command = [sys.executable, "-c", textwrap.dedent(_SAVE_FOR_EVER), str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(3):
+                announced = int(process.stdout.readline())
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        restored = restore(tmp_path)
+        # Every save but the one in progress was whole when the next was announced.
+        assert restored.step >= announced - 1 > last
+        assert_same_bits(restored.into(expected), expected)
+        last = restored.step
+    assert not caplog.records
+
+
+_TWO_HOSTS = """
+    import json, sys, jax, numpy as np
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[2]))
+    from cuttlefish_jax.training.checkpoint import Checkpointer
+    mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    values = np.arange(1000, dtype=np.float32)
+    make = jax.jit(lambda: {"kernel": jax.numpy.arange(1000.0)}, out_shardings=replicated)
+    with Checkpointer(sys.argv[1], keep=3) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, make(), {"epoch": step})
+        checkpointer.wait()
+        jax.experimental.multihost_utils.sync_global_devices("damage")
+        if jax.process_index() == 0:
+            open(f"{sys.argv[1]}/3/record/metadata", "w").close()
+        jax.experimental.multihost_utils.sync_global_devices("damaged")
+        restored = checkpointer.restore()
+        kernel = restored.into(jax.eval_shape(make))["kernel"]
+        checkpointer.save(3, make(), {"epoch": 3})
+        checkpointer.wait()
+        again = checkpointer.restore()
+        print(json.dumps([restored.step, bool((kernel == values).all()), again.step]))
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_save_one_checkpoint_and_agree_on_what_is_whole(tmp_path, unused_port):
+    command = [sys.executable, "-c", textwrap.dedent(_TWO_HOSTS), str(tmp_path)]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    hosts = [
+        subprocess.Popen(
+            [*command, str(i), str(unused_port)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        for i in range(2)
+    ]
+    for host in hosts:
+        output, _ = host.communicate(timeout=120)
+        assert json.loads(output.splitlines()[-1]) == [2, True, 3]
+    assert names(tmp_path) == ["1", "2", "3"]
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]

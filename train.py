@@ -1,0 +1,55 @@
+"""Trains a network the Cuttlefish way: full-rank first, low-rank from the epoch its stable ranks settle.
+
+    python train.py --config configs/quickstart.py
+    python train.py --config configs/resnet18.py:cifar100 --config.seed=1 --workdir runs/c100-seed1
+
+The same command goes on with a run that was interrupted. Exit status: 0 when the run is finished, 2 for
+settings, data or files that need mending (one line says what), 1 for a fault of the program.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.training.loop import run
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, e.g. configs/quickstart.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default runs/<name of the config>")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one process per host: a TPU pod, or a SLURM job")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the experiment that the command line names."""
+    if len(argv) > 1:
+        return _refuse(f"unexpected arguments {' '.join(argv[1:])}: settings are given as --config.key=value")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # orbax tells of every step it takes
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    try:
+        run(config, _WORKDIR.value or Path("runs") / config.name)
+    except UserError as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
+        sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=_parse)
