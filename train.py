@@ -18,7 +18,9 @@ from cuttlefish_jax.training.errors import UserError
 from cuttlefish_jax.training.loop import run
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, e.g. configs/quickstart.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written; default runs/<name of the config>")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where everything is written; default runs/<name of the config>"
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one process per host: a TPU pod, or a SLURM job")
 
 
@@ -26,8 +28,6 @@ def main(argv: list[str]) -> int:
     """Runs the experiment that the command line names."""
     if len(argv) > 1:
         return _refuse(f"unexpected arguments {' '.join(argv[1:])}: settings are given as --config.key=value")
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # orbax tells of every step it takes
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     config = _CONFIG.value
@@ -40,9 +40,12 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
+        args = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
         sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # orbax tells of every step it takes
+    return args
 
 
 def _refuse(message: str) -> int:

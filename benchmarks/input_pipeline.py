@@ -5,7 +5,8 @@ the first takes longer is lost to the input. The four loops alternate, so that t
 machine does; each round's loss is of its own pair, and the median of the rounds is reported.
 
     python benchmarks/input_pipeline.py
-    python benchmarks/input_pipeline.py --dataset fashion_mnist --data-dir DIR --width 64 --json loss.json
+    python benchmarks/input_pipeline.py --dataset fashion_mnist --data-dir DIR --image-size 32 --width 64 \\
+        --stage-sizes --batch-size 1024 --json loss.json
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--data-dir", default="", help="where prepared TFDS data sets are")
-    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=16)
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--width", type=int, default=8)
+    parser.add_argument(
+        "--stage-sizes", type=int, nargs="*", default=[1, 1, 1], help="none: the network's own"
+    )
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=0, help="reader processes; 0 is threads")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of one loop")
     parser.add_argument("--rounds", type=int, default=7)
@@ -55,7 +59,11 @@ def parse_arguments() -> argparse.Namespace:
 def make_step(arguments: argparse.Namespace, dataset: Dataset, data: Any) -> tuple[Callable[..., Any], Any]:
     """A training step as in a run, and its first state."""
     model = create_model(
-        arguments.model, num_classes=dataset.num_classes, width=arguments.width, dtype=arguments.dtype
+        arguments.model,
+        num_classes=dataset.num_classes,
+        width=arguments.width,
+        stage_sizes=arguments.stage_sizes,
+        dtype=arguments.dtype,
     )
     train_fn, _ = make_preprocess(data, dataset.mean, dataset.std)
     optimizer = optax.sgd(0.01, momentum=0.9)
@@ -167,8 +175,10 @@ def main() -> None:
     }
     print(f"{result['date']}, {result['device']}, python {result['python']}, ", end="")
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    print(f"{arguments.model} width {arguments.width} {arguments.dtype}, {arguments.dataset}, ", end="")
-    print(f"batch {arguments.batch_size}, {arguments.rounds} rounds of {arguments.steps} steps")
+    print(f"{arguments.model} {arguments.stage_sizes}, width {arguments.width}, {arguments.dtype}; ", end="")
+    print(
+        f"{arguments.dataset} {arguments.image_size}x{arguments.image_size}, batch {arguments.batch_size}, {arguments.rounds} rounds of {arguments.steps} steps"
+    )
     print(f"{'input':10} {'loop':>10} {'compute':>10} {'examples/s':>11} {'lost':>7}   least ... most")
     for row in rows:
         print(

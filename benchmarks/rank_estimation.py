@@ -80,7 +80,7 @@ def make_params(kernels: list[Kernel], weights: str) -> dict[str, np.ndarray]:
             left = rng.standard_normal((kernel.m, rank), dtype=np.float32) / np.sqrt(kernel.m)
             right = rng.standard_normal((rank, kernel.n), dtype=np.float32) / np.sqrt(kernel.n)
             matrix = (left / np.arange(1, rank + 1, dtype=np.float32)) @ right
-        params[kernel.path] = matrix.reshape(kernel.shape)
+        params[kernel.path] = matrix.astype(np.float32).reshape(kernel.shape)
     return params
 
 

@@ -117,15 +117,16 @@ def test_singular_values_and_accumulative_ranks_agree_with_a_float64_svd():
         np.testing.assert_array_equal(ranks[path], 1 + np.sum(shares < 0.7, -1))
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (512, 512), (192, 768), (768, 192), (128, 1152)])
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (512, 512), (128, 1152), (576, 192)])
 def test_lanczos_is_within_one_percent_on_gaussian_matrices(shape):
-    errors = []
-    for seed in range(6):
-        matrix = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        rank = stable_ranks(*single(matrix), method="lanczos")["layer"]
-        errors.append(float(rank) / svd_stable_rank(matrix) - 1)
-    assert max(errors) < 1e-2
-    assert min(errors) > -1e-5  # sigma_1 is approached from below
+    stack = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float32)
+    kernel = Kernel(
+        path="x", layer="Dense", shape=stack.shape, reduction_axes=(1,), output_axes=(2,), stack_axes=(0,)
+    )
+    ranks = stable_ranks({"x": {"kernel": stack}}, Kernels((kernel,)), method="lanczos")["x"]
+    errors = np.asarray(ranks) / svd_stable_rank(stack) - 1
+    assert errors.max() < 1e-2
+    assert errors.min() > -1e-5  # sigma_1 is approached from below
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,7 +196,7 @@ matrices = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices)
 def test_properties_of_the_stable_rank(matrix):
     exact = float(stable_ranks(*single(matrix))["layer"])
@@ -208,7 +209,7 @@ def test_properties_of_the_stable_rank(matrix):
     assert lanczos >= exact * (1 - 1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(matrices, st.floats(0.05, 0.95))
 def test_properties_of_the_accumulative_rank(matrix, p):
     params, kernels = single(matrix)
@@ -295,4 +296,5 @@ def test_sharded_and_replicated_params_have_the_same_spectra(axis_type):
         expected = measure(params)
         for other in (sharded, replicated):
             for path, value in measure(other).items():
-                np.testing.assert_allclose(value, expected[path], rtol=1e-4, err_msg=path)
+                noise = 3e-4 * np.max(expected[path]) if value.dtype == jnp.float32 else 0
+                np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=noise, err_msg=path)

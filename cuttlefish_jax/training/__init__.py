@@ -1,0 +1,1 @@
+"""What train.py needs: configuration, data, recipe, steps, the loop, checkpoints and reports."""

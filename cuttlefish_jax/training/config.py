@@ -1,9 +1,19 @@
 """Every setting of a run, with its default; the files in configs/ change what their experiment needs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 from ml_collections import ConfigDict
 
+# For signatures. The attributes of a ConfigDict have no types of their own, so a checker is told nothing.
+if TYPE_CHECKING:
+    Config: TypeAlias = Any
+else:
+    Config = ConfigDict
 
-def default_config() -> ConfigDict:
+
+def default_config() -> Config:
     """A locked configuration: a key that is not named here is an error, not a new setting.
 
     Lengths of time are in epochs, images in pixels. ``0`` and ``""`` turn an option off.

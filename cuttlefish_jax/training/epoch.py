@@ -43,8 +43,8 @@ def train_epoch(
       on_step: called with 1 whenever a step is done.
 
     Returns:
-      The new state and the epoch's metrics: mean ``train_loss`` and ``train_accuracy``, ``steps``, and ``seconds``
-      without compilation.
+      The new state and the epoch's metrics: mean ``train_loss`` and ``train_accuracy``, ``steps``, and
+      ``seconds`` without compilation.
 
     Raises:
       DivergedError: if the loss of a step is NaN or infinite.
@@ -59,8 +59,8 @@ def train_epoch(
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the loss is {loss} at step {len(losses)} of epoch {epoch} "
-                f"(step {epoch * data.steps_per_epoch + len(losses)} of the run): lower config.schedule.peak or "
-                "set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
+                f"(step {epoch * data.steps_per_epoch + len(losses)} of the run): lower config.schedule.peak "
+                "or set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
             )
         on_step(1)
         losses.append(loss)

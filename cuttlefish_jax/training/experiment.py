@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.models import create_model
+from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import EvalInput, TrainInput, load_dataset, make_preprocess
 from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import check_config, plan_from_config
@@ -31,6 +31,7 @@ class Experiment:
       config: the configuration.
       model: the full-rank network.
       kernels: its kernels.
+      candidates: paths of the kernels that may be factorized; the switch waits for their ranks alone.
       example: shape and dtype of one preprocessed example with a batch axis.
       train: training input.
       evaluation: evaluation inputs, ``{"validation": ..., "test": ...}``.
@@ -39,9 +40,10 @@ class Experiment:
       schedule: learning rate of a step, before any switch.
     """
 
-    config: ConfigDict
+    config: Config
     model: nn.Module
     kernels: cf.Kernels
+    candidates: tuple[str, ...]
     example: jax.ShapeDtypeStruct
     train: TrainInput
     evaluation: dict[str, EvalInput]
@@ -50,7 +52,7 @@ class Experiment:
     schedule: optax.Schedule
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Experiment:
+    def from_config(cls, config: Config) -> Experiment:
         """Builds all parts; whatever is wrong with the configuration shows here, before training.
 
         Raises:
@@ -63,38 +65,32 @@ class Experiment:
         name = options.pop("name")
         axis_name = AXIS if options.pop("sync_batch_norm") else None
         with _settings("config.model"):
-            model = create_model(
-                name, num_classes=dataset.num_classes, norm_axis_name=axis_name, **options
-            )
+            model = create_model(name, num_classes=dataset.num_classes, norm_axis_name=axis_name, **options)
         example = jax.ShapeDtypeStruct(
             (1, config.data.image_size, config.data.image_size, config.data.channels), np.float32
         )
         placement = dict(on_device=config.data.on_device, workers=config.data.workers)
         with _settings("config.batch_size"):
-            train = TrainInput(
-                dataset.train, batch_size=config.batch_size, seed=config.seed, **placement
-            )
+            train = TrainInput(dataset.train, batch_size=config.batch_size, seed=config.seed, **placement)
             evaluation = {
                 split: EvalInput(source, batch_size=config.batch_size, **placement)
                 for split, source in (("validation", dataset.validation), ("test", dataset.test))
             }
         preprocess, preprocess_eval = make_preprocess(config.data, dataset.mean, dataset.std)
-        schedule = make_schedule(
-            config.schedule, epochs=config.epochs, steps_per_epoch=train.steps_per_epoch
-        )
+        schedule = make_schedule(config.schedule, epochs=config.epochs, steps_per_epoch=train.steps_per_epoch)
         kernels = cf.find_kernels(model, example, train=False)
-        experiment = cls(
-            config, model, kernels, example, train, evaluation, preprocess, preprocess_eval, schedule
+        return cls(
+            config=config,
+            model=model,
+            kernels=kernels,
+            candidates=_candidates(config, kernels),
+            example=example,
+            train=train,
+            evaluation=evaluation,
+            preprocess=preprocess,
+            preprocess_eval=preprocess_eval,
+            schedule=schedule,
         )
-        experiment._check_rules()
-        return experiment
-
-    def _check_rules(self) -> None:
-        # A rule with a typo must not be found out at the switch, hours later.
-        lowest = {path: np.zeros(kernel.stack_shape) for path, kernel in self.kernels.items()}
-        plan = plan_from_config(self.config, self.kernels, lowest, lowest)
-        if not plan.ranks and self.config.method != "full_rank":
-            raise ConfigError("config.plan keeps every layer full-rank: there is nothing to switch")
 
     def phase(self, plan: cf.FactorizationPlan | None = None, *, switch_step: int = 0) -> Phase:
         """The full-rank phase, or the low-rank one of ``plan``, which begins at ``switch_step``."""
@@ -104,9 +100,7 @@ class Experiment:
                 schedule, switch_step, config.schedule, steps_per_epoch=self.train.steps_per_epoch
             )
         model = self.model if plan is None else cf.factorize(self.model, plan)
-        evaluate = {
-            split: make_eval_step(model.apply, self.preprocess_eval) for split in self.evaluation
-        }
+        evaluate = {split: make_eval_step(model.apply, self.preprocess_eval) for split in self.evaluation}
         train_step = make_train_step(
             self.preprocess, label_smoothing=config.loss.label_smoothing, ema=config.optimizer.ema
         )
@@ -124,6 +118,15 @@ class Experiment:
         """Forward FLOPs of a phase's network for one example."""
         variables = jax.eval_shape(lambda: self.create_state(phase)).eval_variables
         return cf.count_flops(lambda v, x: phase.model.apply(v, x, train=False), variables, self.example)
+
+
+def _candidates(config: Config, kernels: cf.Kernels) -> tuple[str, ...]:
+    """The layers that the rules do not keep, found before training: a typo must not show at the switch."""
+    lowest = {path: np.zeros(kernel.stack_shape) for path, kernel in kernels.items()}
+    ranks = plan_from_config(config, kernels, lowest, lowest).ranks
+    if not ranks and config.method != "full_rank":
+        raise ConfigError("config.plan keeps every layer full-rank: there is nothing to switch")
+    return tuple(ranks) or tuple(kernels)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import report
 from cuttlefish_jax.training.checkpoint import Checkpointer
+from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import deadline, make_tracker, plan_from_config
@@ -27,7 +28,7 @@ from cuttlefish_jax.training.summary import summarize
 from cuttlefish_jax.training.workdir import Workdir
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains as configured, or goes on with the run that was interrupted in ``workdir``.
 
     Args:
@@ -46,7 +47,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         if directory.is_finished:
             directory.claim(config)
             print(f"{directory.path} is finished: see summary.json there, or give another --workdir")
-            return directory.read_json("summary.json")
+            return directory.read_json("summary.json") or {}
         experiment = Experiment.from_config(config)
         directory.claim(config)
         with (
@@ -69,7 +70,7 @@ class _Run:
         self.best = best
         self.progress = Progress(make_tracker(self.config))
         self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
-        self.rank_seconds = 0.0
+        self.rank_seconds, self.ranks_compiled = 0.0, False
         self.phase, self.state = self._start()
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
 
@@ -118,11 +119,10 @@ class _Run:
         left = [path for path in progress.ranks_t if path not in progress.tracker.converged_at]
         switches = self.config.switch.if_never == "switch"
         progress.stays_full_rank = not switches
+        verdict = "switching now" if switches else "staying full-rank to the end"
         warnings.warn(
-            f"the stable ranks of {len(left)} layers, {left[0]} among them, have not converged by epoch {epoch} of "
-            f"{self.config.epochs} (config.switch.deadline): "
-            + ("switching now" if switches else "staying full-rank to the end")
-            + " (config.switch.if_never)",
+            f"the stable ranks of {len(left)} layers ({left[0]} ...) have not converged by epoch {epoch} of "
+            f"{self.config.epochs}: {verdict} (config.switch.deadline, config.switch.if_never)",
             stacklevel=2,
         )
         return switches
@@ -155,7 +155,7 @@ class _Run:
         """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""
         progress, phase, data = self.progress, self.phase, self.experiment.train
         compiled_before = phase.compile_seconds
-        rate = float(phase.schedule(epoch * data.steps_per_epoch))
+        rate = np.asarray(phase.schedule(epoch * data.steps_per_epoch)).item()
         description = f"epoch {epoch + 1}/{self.config.epochs}"
         with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
             self.state, trained = train_epoch(phase.train_step, self.state, data, epoch, on_step=advance)
@@ -170,7 +170,9 @@ class _Run:
         progress.seconds["compile"] += phase.compile_seconds - compiled_before
         progress.examples[phase.name] += int(examples)
         if progress.is_better(metrics):
-            progress.best = {name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))}
+            progress.best = {
+                name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))
+            }
             self.best.save(epoch, self.state.eval_variables, progress.to_record())
         return metrics
 
@@ -178,15 +180,22 @@ class _Run:
         """Measures the stable ranks after so many epochs and tells the tracker; until the switch."""
         if self.phase.plan is not None:
             return
-        start = time.perf_counter()
-        progress = self.progress
-        ranks = cf.stable_ranks(self.state.params, self.experiment.kernels, method=self.config.ranks.method)
-        ranks = {path: value.tolist() for path, value in jax.device_get(ranks).items()}
-        seconds = time.perf_counter() - start
-        progress.seconds["rank"] += seconds
-        self.rank_seconds = seconds
+        progress, kernels = self.progress, self.experiment.kernels
+
+        def measured() -> tuple[dict[str, Any], float]:
+            start = time.perf_counter()
+            ranks = cf.stable_ranks(self.state.params, kernels, method=self.config.ranks.method)
+            ranks = jax.device_get(ranks)
+            return {path: ranks[path].tolist() for path in kernels}, time.perf_counter() - start
+
+        ranks, self.rank_seconds = measured()
+        if not self.ranks_compiled:
+            first, (ranks, self.rank_seconds) = self.rank_seconds, measured()
+            progress.seconds["compile"] += max(0.0, first - self.rank_seconds)
+            self.ranks_compiled = True
+        progress.seconds["rank"] += self.rank_seconds
         if not progress.stays_full_rank:
-            progress.tracker.update(ranks)
+            progress.tracker.update({path: ranks[path] for path in self.experiment.candidates})
         self.directory.append("ranks.jsonl", {"epoch": epochs_trained, **ranks})
 
     def _log(self, epoch: int, metrics: dict[str, Any]) -> None:
@@ -197,7 +206,10 @@ class _Run:
         left = (now - self.started) / (epoch + 1 - self.first_epoch) * (self.config.epochs - epoch - 1)
         _say(
             report.progress_line(
-                epoch=epoch, epochs=self.config.epochs, seconds_left=left, **{name: metrics[name] for name in shown}
+                epoch=epoch,
+                epochs=self.config.epochs,
+                seconds_left=left,
+                **{name: metrics[name] for name in shown},
             )
         )
 

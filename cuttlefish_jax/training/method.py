@@ -1,4 +1,4 @@
-"""Methods of training as combinations of the core's parts: a criterion for the switch, rules for the ranks."""
+"""Methods of training as combinations of the core's parts: a criterion of the switch, rules of the ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cuttlefish_jax.training.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ml_collections import ConfigDict
+    from cuttlefish_jax.training.config import Config
 
 CRITERIA = {
     "relative_plateau": lambda config: RelativePlateau(),
@@ -33,14 +33,14 @@ CRITERIA = {
 METHODS = ("cuttlefish", "full_rank")
 
 
-def make_tracker(config: ConfigDict) -> RankTracker:
+def make_tracker(config: Config) -> RankTracker:
     """The tracker that decides when to switch; a full-rank run has one that never does."""
     if config.method == "full_rank":
         return RankTracker(Never())
     return RankTracker(CRITERIA[config.switch.criterion](config.switch))
 
 
-def deadline(config: ConfigDict) -> int | None:
+def deadline(config: Config) -> int | None:
     """The epoch by which the ranks should have converged, ``None`` if nothing is awaited."""
     if config.method == "full_rank" or config.switch.criterion == "at_epoch":
         return None
@@ -48,7 +48,7 @@ def deadline(config: ConfigDict) -> int | None:
 
 
 def plan_from_config(
-    config: ConfigDict,
+    config: Config,
     kernels: Kernels,
     ranks_t: Mapping[str, object],
     ranks_0: Mapping[str, object],
@@ -74,7 +74,7 @@ def plan_from_config(
         raise ConfigError(f"config.plan: {error}") from error
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
     """Refuses settings that make no sense, before any work is done.
 
     Raises:

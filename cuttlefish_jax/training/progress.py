@@ -45,7 +45,7 @@ class Progress:
         return {path: history[-1] for path, history in self.tracker.history.items()}
 
     def is_better(self, metrics: dict[str, Any]) -> bool:
-        """Whether an epoch's validation accuracy is the best so far; equal ones are told apart by the loss."""
+        """Whether an epoch's validation accuracy is the best so far; the loss decides between equals."""
         if self.best is None:
             return True
         ours, theirs = ((m["validation_accuracy"], -m["validation_loss"]) for m in (metrics, self.best))

@@ -1,4 +1,4 @@
-"""What changes while a network trains: flax's TrainState, with batch statistics, an average and a random key."""
+"""What changes while a network trains: flax's TrainState with batch statistics, average and random key."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def make_eval_step(apply_fn: Callable, preprocess: Callable) -> Compiled:
       preprocess: ``uint8[b, h, w, c] -> f32[b, h, w, c]``.
 
     Returns:
-      A step over pmapped arrays; ``sums`` over the batch's real examples: ``loss``, ``correct``, ``examples``.
+      A step over pmapped arrays; ``sums`` over the real examples: ``loss``, ``correct``, ``examples``.
     """
 
     def eval_step(variables: Any, resident: Any, batch: Any) -> dict[str, jax.Array]:

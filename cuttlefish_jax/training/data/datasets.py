@@ -151,7 +151,8 @@ def _open_records(name: str, split: str, data_dir: str) -> Sequence[Any]:
     if not builder.is_prepared():
         raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, f"not in {builder.data_dir}"))
     try:
-        return builder.as_data_source(split)
+        # A decorator of TFDS hides the parameters from the type checker.
+        return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
     except NotImplementedError as error:
         found = f"in {builder.data_dir}, but not as array_record; choose another data_dir"
         raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, found)) from error
