@@ -2,7 +2,9 @@
 
 For each way, the same compiled steps run twice: on batches as they come, and on one batch over and over. What
 the first takes longer is lost to the input. The four loops alternate, so that they share what else the
-machine does; each round's loss is of its own pair, and the median of the rounds is reported.
+machine does; each round's loss is of its own pair, and the median of the rounds is reported. On a machine
+that others use as well the rounds differ by more than the loss: there, look at "blocked", the share of the
+loop that was spent inside the call for the next batch.
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --dataset fashion_mnist --data-dir DIR --image-size 32 --width 64 \\
@@ -18,7 +20,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
@@ -101,16 +103,22 @@ def endless(pipeline: TrainInput) -> Iterator[Any]:
     return itertools.chain.from_iterable(pipeline.epoch(epoch) for epoch in itertools.count())
 
 
-def seconds(step: Callable[..., Any], state: Any, pipeline: TrainInput, batches: Iterable[Any]) -> float:
-    """Time of the steps after the warm-up."""
-    start = 0.0
-    for i, batch in enumerate(batches):
-        if i == WARM_UP_STEPS:
-            jax.block_until_ready(state)
-            start = time.perf_counter()
+def seconds(
+    step: Callable[..., Any], state: Any, pipeline: TrainInput, batches: Iterator[Any], steps: int
+) -> tuple[float, float]:
+    """Time of the steps after the warm-up, and the part of it spent in the call for the next batch."""
+    for _ in range(WARM_UP_STEPS):
+        state = step(state, pipeline.resident, next(batches))
+    jax.block_until_ready(state)
+    blocked = 0.0
+    start = time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        blocked += time.perf_counter() - asked
         state = step(state, pipeline.resident, batch)
     jax.block_until_ready(state)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, blocked
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -131,22 +139,23 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     }
     real = {name: endless(pipeline) for name, pipeline in ways.items()}
     repeated = {name: next(batches) for name, batches in real.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    count = WARM_UP_STEPS + arguments.steps
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     for name, pipeline in ways.items():
         jax.block_until_ready(step(state, pipeline.resident, repeated[name]))  # compiles
     for round_ in range(arguments.rounds):
         for name, pipeline in ways.items():
-            loops = [itertools.islice(real[name], count), itertools.repeat(repeated[name], count)]
+            loops = [real[name], itertools.repeat(repeated[name])]
             order = [0, 1] if round_ % 2 == 0 else [1, 0]
-            pair = {i: seconds(step, state, pipeline, loops[i]) for i in order}
-            times[name].append((pair[0], pair[1]))
+            pair = {i: seconds(step, state, pipeline, loops[i], arguments.steps) for i in order}
+            times[name].append((*pair[0], pair[1][0]))
     for pipeline in ways.values():
         pipeline.close()
     rows = []
-    for name, pairs in times.items():
-        lost = [(loop - steps) / loop for loop, steps in pairs]
-        loop, steps = (statistics.median(column) / arguments.steps for column in zip(*pairs, strict=True))
+    for name, rounds in times.items():
+        lost = [(loop - steps) / loop for loop, _, steps in rounds]
+        loop, blocked, steps = (
+            statistics.median(column) / arguments.steps for column in zip(*rounds, strict=True)
+        )
         rows.append(
             {
                 "input": name,
@@ -156,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "lost": statistics.median(lost),
                 "lost_least": min(lost),
                 "lost_most": max(lost),
+                "blocked": blocked / loop,
             }
         )
     return rows
@@ -176,14 +186,14 @@ def main() -> None:
     print(f"{result['date']}, {result['device']}, python {result['python']}, ", end="")
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     print(f"{arguments.model} {arguments.stage_sizes}, width {arguments.width}, {arguments.dtype}; ", end="")
-    print(
-        f"{arguments.dataset} {arguments.image_size}x{arguments.image_size}, batch {arguments.batch_size}, {arguments.rounds} rounds of {arguments.steps} steps"
-    )
-    print(f"{'input':10} {'loop':>10} {'compute':>10} {'examples/s':>11} {'lost':>7}   least ... most")
+    print(f"{arguments.dataset} {arguments.image_size}x{arguments.image_size}, ", end="")
+    print(f"batch {arguments.batch_size}, {arguments.rounds} rounds of {arguments.steps} steps")
+    print(f"{'input':10} {'loop':>10} {'compute':>10} {'examples/s':>11} {'lost':>7} {'blocked':>8}", end="")
+    print("   lost, least ... most")
     for row in rows:
         print(
             f"{row['input']:10} {row['loop_ms_per_step']:7.2f} ms {row['compute_ms_per_step']:7.2f} ms "
-            f"{row['examples_per_second']:11.0f} {row['lost']:7.1%}   "
+            f"{row['examples_per_second']:11.0f} {row['lost']:7.1%} {row['blocked']:8.2%}   "
             f"{row['lost_least']:.1%} ... {row['lost_most']:.1%}"
         )
     if arguments.json:

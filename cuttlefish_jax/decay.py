@@ -22,9 +22,9 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.GradientTransformation:
     r"""Adds the gradient of :math:`\frac{c}{2} \sum_{layers} \|U V\|_F^2` to the updates of the factors.
 
-    :math:`g_U \mathrel{+}= c\, U (V V^T)` and :math:`g_V \mathrel{+}= c\, (U^T U) V`, through the ``r x r`` Gram
-    matrices: the ``m x n`` product is never made. It takes the place of weight decay on the factors, and, as
-    L2 does, stands before momentum in the chain; all other parameters pass unchanged.
+    :math:`g_U \mathrel{+}= c\, U (V V^T)` and :math:`g_V \mathrel{+}= c\, (U^T U) V`, through the ``r x r``
+    Gram matrices: the ``m x n`` product is never made. It takes the place of weight decay on the factors,
+    and, as L2 does, stands before momentum in the chain; all other parameters pass unchanged.
 
     Args:
       coefficient: :math:`c >= 0`.
@@ -37,12 +37,18 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
       ValueError: for a negative coefficient, or a plan with extra batch norms: a norm between the factors
         takes the scale out of their product, which then regularises nothing.
 
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, optax, cuttlefish_jax as cf
+      >>> kernels = cf.find_kernels(nn.Dense(6), jnp.ones((1, 8)))
+      >>> plan = cf.FactorizationPlan.from_ranks(kernels, {"": 2})
+      >>> tx = optax.chain(cf.frobenius_decay(1e-4, plan), optax.sgd(0.1, momentum=0.9))
+
     References:
       Khodak et al., `Initialization and Regularization of Factorized Neural Layers
       <https://arxiv.org/abs/2105.01029>`_, 2021; used by Cuttlefish (Wang et al., MLSys 2023).
     """
-    if coefficient < 0:
-        raise ValueError(f"frobenius_decay coefficient {coefficient} is negative")
+    if not coefficient >= 0:
+        raise ValueError(f"frobenius_decay coefficient {coefficient} is not a number >= 0")
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and Frobenius decay exclude each other: turn one of them off")
 

@@ -39,12 +39,22 @@ def factorize(model: Any, plan: FactorizationPlan) -> Any:
       plan: made for this model.
 
     Returns:
-      A Linen module whose ``init``, ``apply``, ``method=`` and ``bind`` work as the model's, on the params that
-      :func:`factorize_params` returns.
+      A Linen module that is initialised, applied (``method=`` included) and called as the model is, on the
+      params that :func:`factorize_params` returns.
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
-      ValueError: when it is first initialised, if the plan was made for another model.
+      ValueError: if the model is factorized already; when it is first initialised, if the plan was made for
+        another model.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
+      >>> model, x = nn.Dense(6), jnp.ones((1, 8))
+      >>> plan = cf.FactorizationPlan.from_ranks(cf.find_kernels(model, x), {"": 2})
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> low, params_low = cf.factorize(model, plan), cf.factorize_params(params, plan)
+      >>> low.apply({"params": params_low}, x).shape
+      (1, 6)
     """
     raise TypeError(f"factorize needs a Flax module, got {type(model).__name__}")
 
@@ -65,6 +75,13 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
 
     Raises:
       ValueError: if ``params`` are not those of the plan's model; the message names the first difference.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
+      >>> plan = cf.FactorizationPlan.from_ranks(cf.find_kernels(nn.Dense(6), jnp.ones((1, 8))), {"": 2})
+      >>> low = factorize_params({"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}, plan)
+      >>> jax.tree.map(jnp.shape, low)
+      {'u': {'kernel': (8, 2)}, 'v': {'bias': (6,), 'kernel': (2, 6)}}
     """
     for path in plan.ranks:
         check_kernel(params, plan.kernels[path])
@@ -81,6 +98,9 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     Args:
       params: factorized params (not changed).
       plan: the plan they were factorized with.
+
+    Returns:
+      Nested dicts, in the dtypes of ``params``.
 
     Raises:
       ValueError: if ``params`` were not factorized with this plan, or if the plan has extra batch norms
@@ -137,7 +157,15 @@ def split_layers(
 
 
 def factorize_batch_stats(batch_stats: Params, plan: FactorizationPlan) -> dict[str, Any]:
-    """``batch_stats`` with the running statistics of the plan's extra batch norms added (mean 0, variance 1)."""
+    """The model's ``batch_stats`` with those of the plan's extra batch norms added (mean 0, variance 1).
+
+    Args:
+      batch_stats: the full-rank model's (not changed); ``{}`` if it has none.
+      plan: made for this model.
+
+    Returns:
+      Nested dicts, the very tree that ``factorize(model, plan).init`` makes.
+    """
     if not plan.extra_batch_norm:
         return _copy(batch_stats)
     return _add_extra_norms(batch_stats, plan, {"mean": jnp.zeros, "var": jnp.ones})

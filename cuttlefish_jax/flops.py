@@ -39,12 +39,12 @@ def jaxpr_flops(jaxpr: core.Jaxpr) -> int:
 
 
 def count_marked(jaxpr: core.Jaxpr) -> Counter[str]:
-    """Elements that passed each :func:`mark`, ``name -> number``, as often as they did (in loops, under vmap)."""
+    """Elements that passed each :func:`mark`, ``name -> number``, in every turn of a loop and vmap."""
     marked: Counter[str] = Counter()
     for eqn, times in _equations(jaxpr):
         name = eqn.params.get("name")
-        if isinstance(name, str) and name.startswith(_MARK):
-            marked[name.removeprefix(_MARK)] += times * math.prod(eqn.outvars[0].aval.shape)
+        if isinstance(name, str) and name.startswith(_MARK) and eqn.outvars:
+            marked[name.removeprefix(_MARK)] += times * math.prod(_shape(eqn.outvars[0]))
     return marked
 
 
@@ -85,10 +85,14 @@ def _sub_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 def _flops(eqn: core.JaxprEqn) -> int:
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        lhs = eqn.invars[0].aval.shape
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[a] for a in contracted)
+        lhs = _shape(eqn.invars[0])
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(lhs[a] for a in contracted)
     if eqn.primitive.name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = _shape(eqn.invars[1])
         output_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // output_features
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // output_features
     return 0
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape

@@ -152,7 +152,8 @@ class Kernels(Mapping[str, Kernel]):
 
     Attributes:
       entries: the kernels that can be factorized.
-      skipped_entries: ``(path, reason)`` of every other parameter of two or more axes.
+      skipped_entries: ``(path, reason)`` of every other layer with a kernel, and every other parameter of two
+        or more axes (stack axes and biases not counted).
       num_params: parameters of the whole model, the skipped and one-dimensional ones included.
     """
 
@@ -198,8 +199,14 @@ def check_kernel(params: Params, kernel: Kernel) -> None:
     """Raises a ValueError if ``params`` are not those of the model that ``kernel`` was found in."""
     layer = subtree(params, kernel.path)
     if not isinstance(layer, Mapping) or "kernel" not in layer:
-        raise ValueError(f"params have no kernel at {kernel.path!r}: the layer has {sorted(layer)}")
-    shape = tuple(jnp.shape(layer["kernel"]))
+        has = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
+        raise ValueError(f"params have no kernel at {kernel.path!r}: the layer has {has}")
+    if not hasattr(layer["kernel"], "shape"):
+        raise ValueError(
+            f"the kernel at {kernel.path!r} is a {type(layer['kernel']).__name__}, not an array: "
+            "take params out of their boxes first, with flax.linen.meta.unbox"
+        )
+    shape = tuple(layer["kernel"].shape)
     if shape != kernel.shape:
         raise ValueError(
             f"the kernel at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
@@ -234,5 +241,12 @@ def find_kernels(model: Any, *inputs: Any, **kwargs: Any) -> Kernels:
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
+      >>> model = nn.Sequential([nn.Conv(16, (3, 3)), nn.Dense(10)])
+      >>> kernels = cf.find_kernels(model, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+      >>> [(path, kernel.m, kernel.n, kernel.positions) for path, kernel in kernels.items()]
+      [('layers_0', 27, 16, 64), ('layers_1', 16, 10, 64)]
     """
     raise TypeError(f"find_kernels needs a Flax module, got {type(model).__name__}")

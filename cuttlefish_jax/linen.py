@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import struct
-from flax.core import meta
+from flax.core import freeze, meta
 
 from cuttlefish_jax.factorize import factorize
 from cuttlefish_jax.flops import count_marked, mark
-from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels, insert_axes, subtree
+from cuttlefish_jax.kernels import Kernel, Kernels, check_kernel, find_kernels, insert_axes, subtree
 from cuttlefish_jax.plan import FactorizationPlan
 
 _PROBE = "cuttlefish_probe"
@@ -26,7 +28,7 @@ _PROBE = "cuttlefish_probe"
 
 @dataclasses.dataclass(frozen=True)
 class LayerType:
-    """How a Linen layer type is read as a matrix. Its kernel's axes are the reduction axes, then the output's.
+    """How a Linen layer type is read as a matrix: its kernel has the reduction axes, then the output axes.
 
     Attributes:
       num_reduction_axes: how many of the kernel's axes are contracted with the input.
@@ -55,7 +57,9 @@ def _pointwise(layer: nn.Conv) -> dict[str, Any]:
 LAYER_TYPES: dict[type, LayerType] = {
     nn.Dense: LayerType(num_reduction_axes=lambda layer: 1),
     nn.Conv: LayerType(
-        num_reduction_axes=lambda layer: len(layer.kernel_size) + 1, second=_pointwise, refuse=_refuse_conv
+        num_reduction_axes=lambda layer: len(tuple(layer.kernel_size)) + 1,
+        second=_pointwise,
+        refuse=_refuse_conv,
     ),
     nn.DenseGeneral: LayerType(
         num_reduction_axes=lambda layer: len(layer.axis) if isinstance(layer.axis, (tuple, list)) else 1,
@@ -66,19 +70,28 @@ LAYER_TYPES: dict[type, LayerType] = {
 _REPARAMETERISED = (nn.WeightNorm, nn.SpectralNorm)
 
 
+@dataclasses.dataclass(frozen=True)
+class _NotASubmodule:
+    """Holds a module that Linen shall not register: it would reserve a name and change the paths below it."""
+
+    module: nn.Module
+
+
 class Factorized(nn.Module):
     """A model with some of its layers replaced by two factors each; made by :func:`cuttlefish_jax.factorize`.
 
     Attributes:
-      model: the unchanged full-rank model.
+      full: holds :attr:`model`.
       plan: which of its layers are factorized.
     """
 
-    model: nn.Module
+    full: _NotASubmodule
     plan: FactorizationPlan
 
-    def setup(self):
-        nn.share_scope(self, self.model)
+    @property
+    def model(self) -> nn.Module:
+        """The unchanged full-rank model."""
+        return self.full.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model."""
@@ -87,10 +100,6 @@ class Factorized(nn.Module):
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As the model's own; ``method`` is one of the model's."""
         return super().init_with_output(rngs, *args, method=self._via(method), **kwargs)
-
-    def init(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As the model's own; ``method`` is one of the model's."""
-        return super().init(rngs, *args, method=self._via(method), **kwargs)
 
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As the model's own; ``method`` is one of the model's."""
@@ -106,27 +115,47 @@ class Factorized(nn.Module):
         return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        depth, plan, seen = len(self.path), self.plan, set[str]()
+        assert (scope := self.scope) is not None  # Linen calls bound modules only
+        depth, plan, ranks, key = len(self.path), self.plan, self.plan.ranks, hash(self.plan)
 
         def intercept(next_fun, args, kwargs, context):
             layer = context.module
+            _separate_traces(layer, key)
+            if context.method_name != "__call__" or type(layer) not in LAYER_TYPES:
+                return next_fun(*args, **kwargs)
             path = "/".join(layer.path[depth:])
-            if context.method_name != "__call__" or type(layer) not in LAYER_TYPES or path not in plan.ranks:
+            if path not in ranks:
                 return next_fun(*args, **kwargs)
             if type(layer).__name__ != (planned := plan.kernels[path].layer):
                 raise ValueError(
                     f"{path!r} is a {type(layer).__name__}, in the plan a {planned}: another model's plan"
                 )
-            seen.add(path)
-            return _call_factors(layer, plan.ranks[path], plan.extra_batch_norm, args, kwargs)
+            return _call_factors(layer, ranks[path], plan.extra_batch_norm, args, kwargs)
 
         with nn.intercept_methods(intercept):
-            result = method(self.model, *args, **kwargs)
-        if self.is_initializing() and (missed := [path for path in plan.ranks if path not in seen]):
-            raise ValueError(
-                f"the plan factorizes {missed[0]!r}, which the model does not call: another model's plan"
-            )
+            # In this module's own scope, as if it were this module; afresh, so that it can be called again.
+            result = method(self.model.clone(parent=scope.rewound()), *args, **kwargs)
+        if self.is_initializing():
+            self._check_factors()
         return result
+
+    def _check_factors(self) -> None:
+        params = self.variables.get("params", {})
+        for path, rank in self.plan.rank_entries:
+            try:
+                for factor in self.plan.kernels[path].factors(rank):
+                    check_kernel(params, factor)
+            except ValueError as error:
+                raise ValueError(f"the plan was made for another model: {error}") from error
+
+
+def _separate_traces(module: nn.Module, key: int) -> None:
+    """Keeps ``nn.jit`` from running a layer's trace that was made outside of this transformation.
+
+    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, which submodules inherit.
+    """
+    if module.scope is not None:
+        module.scope.flags = freeze({**module.scope.flags, "cuttlefish": key})
 
 
 def _call_factors(layer: Any, rank: int, extra_batch_norm: bool, args: tuple, kwargs: dict) -> Any:
@@ -151,7 +180,7 @@ def _factorize_linen(model: nn.Module, plan: FactorizationPlan) -> Factorized:
         raise ValueError(
             "the model is factorized already: make a plan for its .model, and merge its params first"
         )
-    return Factorized(model=model.clone(), plan=plan)
+    return Factorized(full=_NotASubmodule(model.clone()), plan=plan)
 
 
 @struct.dataclass
@@ -165,13 +194,13 @@ class _Stacked(meta.AxisMetadata):
         return self.value
 
     def replace_boxed(self, val: Any) -> Any:
-        return self.replace(value=val)
+        return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: Mapping[Any, Any]) -> Any:
-        return self.replace(added=(*self.added, index))
+        return dataclasses.replace(self, added=(*self.added, index))
 
     def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Any:
-        return self.replace(added=self.added[:-1])
+        return dataclasses.replace(self, added=self.added[:-1])
 
 
 @dataclasses.dataclass
@@ -181,30 +210,38 @@ class _Findings:
     layers: dict[str, Any] = dataclasses.field(default_factory=dict)  # path -> layer, in call order
     refused: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> reason
     owners: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> type name of any module
+    ndims: dict[str, int] = dataclasses.field(default_factory=dict)  # param -> its axes, in one copy
     wrappers: list[str] = dataclasses.field(default_factory=list)  # reparameterising modules now running
+    run: int = dataclasses.field(default_factory=lambda: secrets.randbits(60))
 
     def intercept(self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         layer = context.module
-        path = "/".join(layer.path)
-        kind = type(layer).__name__
-        self.owners.setdefault(path, kind)
-        if isinstance(layer, _REPARAMETERISED):
-            self.wrappers.append(kind)
-            result = next_fun(*args, **kwargs)
-            self.wrappers.pop()
-            return result
-        is_probe = path.rpartition("/")[2] == _PROBE
-        if is_probe or context.method_name != "__call__" or type(layer) not in LAYER_TYPES:
+        if layer.scope is None or _PROBE in layer.path:
             return next_fun(*args, **kwargs)
+        _separate_traces(layer, self.run)
+        path = "/".join(layer.path)
+        self.owners.setdefault(path, type(layer).__name__)
+        is_wrapper = isinstance(layer, _REPARAMETERISED)
+        if is_wrapper:
+            self.wrappers.append(type(layer).__name__)
+        result = next_fun(*args, **kwargs)
+        if is_wrapper:
+            self.wrappers.pop()
+        for name, leaf in layer.variables.get("params", {}).items():
+            if not isinstance(leaf, Mapping):
+                self.ndims[f"{path}/{name}"] = jnp.ndim(meta.unbox(leaf))
+        if context.method_name != "__call__" or type(layer) not in LAYER_TYPES:
+            return result
         reason = LAYER_TYPES[type(layer)].refuse(layer)
         if self.wrappers:
             reason = f"its kernel is computed by {self.wrappers[-1]}"
         if reason is not None:
             self.refused[path] = reason
-            return next_fun(*args, **kwargs)
+            return result
         self.layers.setdefault(path, layer)
-        probe = layer.clone(name=_PROBE, parent=layer, kernel_init=_boxed(layer.kernel_init))
-        return mark(path, probe(*args, **kwargs))
+        # Like the layer, but for a box around its kernel that tells which axes are added on the way out.
+        layer.clone(name=_PROBE, parent=layer, kernel_init=_boxed(layer.kernel_init))(*args, **kwargs)
+        return mark(path, result)
 
 
 def _boxed(init: Callable) -> Callable:
@@ -214,28 +251,38 @@ def _boxed(init: Callable) -> Callable:
 @find_kernels.register
 def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernels:
     found = _Findings()
-    # Flags given by position (train=False) must stay Python values; only arrays are traced.
-    leaves, treedef = jax.tree.flatten(inputs)
+    # Flags (train=False) and the method must stay Python values; only arrays are traced.
+    leaves, treedef = jax.tree.flatten((inputs, kwargs))
     traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
     def run(*arrays: Any) -> Any:
         filled = {**dict(enumerate(leaves)), **dict(zip(traced, arrays, strict=True))}
-        args = jax.tree.unflatten(treedef, [filled[i] for i in range(len(leaves))])
+        args, options = jax.tree.unflatten(treedef, [filled[i] for i in range(len(leaves))])
         with nn.intercept_methods(found.intercept):
-            return model.init({"params": jax.random.key(0)}, *args, **kwargs).get("params", {})
+            output, variables = model.init_with_output({"params": jax.random.key(0)}, *args, **options)
+        # With the output, lest JAX drops from the program what nothing depends on.
+        outputs = [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
+        return outputs, variables.get("params", {})
 
-    jaxpr, params = jax.make_jaxpr(run, return_shape=True)(*(leaves[i] for i in traced))
+    jaxpr, (_, params) = jax.make_jaxpr(run, return_shape=True)(*(leaves[i] for i in traced))
     batch = leaves[traced[0]].shape[0] if traced and leaves[traced[0]].ndim else 1
     elements = count_marked(jaxpr.jaxpr)
     entries = []
     for path, layer in found.layers.items():
         box = subtree(params, f"{path}/{_PROBE}".lstrip("/"))["kernel"]
-        entries.append(_kernel(path, layer, box, elements[path] // batch))
+        entries.append(_kernel(path, layer, box, elements[path] // max(batch, 1)))
+    own = {name: leaf for name, leaf in _named_params(params) if _PROBE not in name.split("/")}
     return Kernels(
         entries=tuple(entries),
-        skipped_entries=tuple(_skipped(params, found)),
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        skipped_entries=tuple(dict(_skipped(own, found)).items()),
+        num_params=sum(leaf.size for leaf in own.values()),
     )
+
+
+def _named_params(params: Any) -> Iterator[tuple[str, Any]]:
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        # The keys that are not of dicts are those of boxes.
+        yield "/".join(str(key.key) for key in keys if hasattr(key, "key")), leaf
 
 
 def _kernel(path: str, layer: Any, box: _Stacked, elements: int) -> Kernel:
@@ -255,16 +302,15 @@ def _kernel(path: str, layer: Any, box: _Stacked, elements: int) -> Kernel:
     return dataclasses.replace(kernel, positions=max(1, applied))
 
 
-def _skipped(params: Any, found: _Findings) -> Iterator[tuple[str, str]]:
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        names = [str(key.key) for key in keys if hasattr(key, "key")]
-        if leaf.ndim < 2 or _PROBE in names:
+def _skipped(params: Mapping[str, Any], found: _Findings) -> Iterator[tuple[str, str]]:
+    for name, leaf in params.items():
+        path, _, key = name.rpartition("/")
+        if found.ndims.get(f"{path}/{key}", jnp.ndim(leaf)) < 2 or (key == "kernel" and path in found.layers):
             continue
-        path, owner = "/".join(names[:-1]), found.owners.get("/".join(names[:-1]))
-        if names[-1] == "kernel" or owner in ("Embed",):
-            reason = found.refused.get(
-                path, f"{owner or 'its layer'} is not a layer type that can be factorized"
-            )
-            yield path, reason
+        owner = found.owners.get(path, "the model")
+        if key == "bias" and f"{path}/kernel".lstrip("/") in params:
+            continue  # of [heads, features], for one: it goes with its kernel
+        if key == "kernel" or owner == "Embed":
+            yield path, found.refused.get(path, f"{owner} is not a type that can be factorized")
         else:
-            yield "/".join(names), f"not a kernel, but a parameter of {owner or 'the model'}"
+            yield name, f"not a kernel, but a parameter of {owner}"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import functools
-import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, Kernels
+from cuttlefish_jax.plan_json import read_plan, write_plan
+from cuttlefish_jax.plan_report import plan_table
 
-_FORMAT = 1
+# A product that is a whole number up to the rounding of float32 is that number: 1.0 x R is R.
+_ROUNDING = 1e-6
 _SHORTCUT_NAMES = ("shortcut", "downsample", "proj", "skip", "residual")
 
 
@@ -39,9 +41,15 @@ class FactorizationPlan:
 
     def __post_init__(self):
         for path, rank in self.rank_entries:
+            if path in self.kernels:
+                _check_rank(rank, self.kernels[path])
+        decisions = Counter(path for path, _ in (*self.rank_entries, *self.kept_entries))
+        for path in {**self.kernels, **decisions}:
             if path not in self.kernels:
                 raise ValueError(_no_such_layer(path, self.kernels))
-            _check_rank(rank, self.kernels[path])
+            if decisions[path] != 1:
+                what = "both factorized and kept" if decisions[path] else "neither factorized nor kept"
+                raise ValueError(f"{path!r} is {what}")
 
     @classmethod
     def from_ranks(
@@ -58,20 +66,22 @@ class FactorizationPlan:
           ValueError: for a path that is no kernel's, or a rank out of bounds.
         """
         kept = tuple((path, "no rank given") for path in kernels if path not in ranks)
-        entries = tuple((path, int(ranks[path])) for path in kernels if path in ranks)
         for path in ranks:
             if path not in kernels:
                 raise ValueError(_no_such_layer(path, kernels))
+        entries = tuple(
+            (path, _check_rank(ranks[path], kernel)) for path, kernel in kernels.items() if path in ranks
+        )
         return cls(
             kernels=kernels, rank_entries=entries, kept_entries=kept, extra_batch_norm=extra_batch_norm
         )
 
-    @functools.cached_property
+    @property
     def ranks(self) -> dict[str, int]:
         """``{path: rank}`` of the layers to factorize, in call order."""
         return dict(self.rank_entries)
 
-    @functools.cached_property
+    @property
     def kept(self) -> dict[str, str]:
         """``{path: reason}`` of every kernel left as it is, those of unsupported layers included."""
         return dict(self.kept_entries) | self.kernels.skipped
@@ -94,23 +104,11 @@ class FactorizationPlan:
 
     def report(self) -> str:
         """A table for people: every layer, its shape, rank, parameters before and after, and why."""
-        from cuttlefish_jax.plan_report import plan_table
-
         return plan_table(self)
 
     def to_json(self) -> str:
         """The plan as a JSON document that :meth:`from_json` reads back to an equal plan."""
-        document = {
-            "format": _FORMAT,
-            "ranks": self.ranks,
-            "kept": dict(self.kept_entries),
-            "skipped": self.kernels.skipped,
-            "extra_batch_norm": self.extra_batch_norm,
-            "num_params_full": self.num_params_full,
-            "num_params": self.num_params,
-            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels.values()],
-        }
-        return json.dumps(document, indent=1)
+        return write_plan(self)
 
     @classmethod
     def from_json(cls, text: str) -> FactorizationPlan:
@@ -119,23 +117,7 @@ class FactorizationPlan:
         Raises:
           ValueError: if ``text`` is no such document, or its ranks do not fit its kernels.
         """
-        try:
-            document = json.loads(text)
-            if document["format"] != _FORMAT:
-                raise ValueError(f"plan format {document['format']!r} is not {_FORMAT}")
-            kernels = Kernels(
-                entries=tuple(_kernel_from_json(entry) for entry in document["kernels"]),
-                skipped_entries=tuple((str(p), str(r)) for p, r in document["skipped"].items()),
-                num_params=int(document["num_params_full"]),
-            )
-            return cls(
-                kernels=kernels,
-                rank_entries=tuple((str(p), r) for p, r in document["ranks"].items()),
-                kept_entries=tuple((str(p), str(r)) for p, r in document["kept"].items()),
-                extra_batch_norm=bool(document["extra_batch_norm"]),
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a factorization plan: {type(error).__name__}: {error}") from error
+        return cls(**read_plan(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +211,7 @@ def make_plan(
             floor = rule.min_rank_ratio if rule and rule.min_rank_ratio is not None else min_rank_ratio
             rank = _wanted_rank(kernel, rule, ranks_t, ranks_0)
             if rule is None or rule.rank is None:
-                rank = max(rank, math.ceil(floor * kernel.max_rank))
+                rank = max(rank, math.ceil(floor * kernel.max_rank * (1 - _ROUNDING)))
                 rank = min(kernel.max_rank, round_to * math.ceil(rank / round_to))
             if kernel.num_params(rank) < kernel.num_params():
                 ranks.append((path, rank))
@@ -260,17 +242,15 @@ def _wanted_rank(
     kernel: Kernel, rule: Rule | None, ranks_t: Mapping[str, Any], ranks_0: Mapping[str, Any] | None
 ) -> int:
     if rule and rule.rank is not None:
-        _check_rank(rule.rank, kernel)
-        return rule.rank
+        return _check_rank(rule.rank, kernel)
     if rule and rule.rank_ratio is not None:
-        return max(1, math.floor(kernel.max_rank * rule.rank_ratio))
+        return max(1, math.floor(kernel.max_rank * rule.rank_ratio * (1 + _ROUNDING)))
     now = _stable_rank(ranks_t, kernel)
     scale = np.full(now.shape, gaussian_scale(kernel.m, kernel.n))
     if ranks_0 is not None:
-        initial = np.broadcast_to(_stable_rank(ranks_0, kernel), now.shape)
+        initial = _stable_rank(ranks_0, kernel)
         scale = np.divide(kernel.max_rank, initial, out=scale, where=initial > 0)
-    # A product that is a whole number up to the rounding of float32 is that number: 1.0 x R is R.
-    wanted = math.ceil(float(np.max(scale * now)) * (1 - 1e-6))
+    wanted = math.ceil(float(np.max(scale * now)) * (1 - _ROUNDING))
     return min(max(wanted, 1), kernel.max_rank)
 
 
@@ -280,7 +260,11 @@ def _stable_rank(ranks: Mapping[str, Any], kernel: Kernel) -> np.ndarray:
     value = np.asarray(ranks[kernel.path], np.float64)
     if not np.all(np.isfinite(value)) or np.any(value < 0):
         raise ValueError(f"the stable rank of {kernel.path!r} is {value}, expected a finite number >= 0")
-    return value
+    if value.shape not in ((), kernel.stack_shape):
+        raise ValueError(
+            f"the stable rank of {kernel.path!r} has shape {value.shape}, expected {kernel.stack_shape}"
+        )
+    return np.broadcast_to(value, kernel.stack_shape)
 
 
 def _default_reasons(kernels: Kernels) -> dict[str, str]:
@@ -315,19 +299,11 @@ def _no_such_layer(name: str, kernels: Iterable[str], what: str = "path") -> str
     return f"{what} {name!r} matches no layer; near it: {', '.join(near) or 'the model has no kernels'}"
 
 
-def _check_rank(rank: Any, kernel: Kernel) -> None:
+def _check_rank(rank: Any, kernel: Kernel) -> int:
     if isinstance(rank, bool) or not isinstance(rank, (int, np.integer)):
         raise ValueError(f"rank {rank!r} for {kernel.path!r} is not an integer")
     if rank < 1:
         raise ValueError(f"rank {rank} for {kernel.path!r} is below 1")
     if rank > kernel.max_rank:
         raise ValueError(f"rank {rank} for {kernel.path!r} exceeds min(m, n) = {kernel.max_rank}")
-
-
-def _kernel_from_json(entry: dict[str, Any]) -> Kernel:
-    axes = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
-    kernel = Kernel(**axes)
-    used = sorted(kernel.stack_axes + kernel.reduction_axes + kernel.output_axes)
-    if used != list(range(len(kernel.shape))):
-        raise ValueError(f"the axes of {kernel.path!r} are not those of its shape {kernel.shape}")
-    return kernel
+    return int(rank)

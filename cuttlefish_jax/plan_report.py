@@ -12,7 +12,7 @@ _HEADER = ("layer", "kernel", "rank", "of", "full", "factors", "kept full-rank b
 
 def plan_table(plan: FactorizationPlan) -> str:
     """Every layer with its kernel's shape, rank, full rank, parameters, and the reason if it is kept."""
-    rows = [_HEADER]
+    rows: list[tuple[str, ...]] = [_HEADER]
     for path, kernel in plan.kernels.items():
         rank = plan.ranks.get(path)
         shape = "x".join(map(str, kernel.shape))
@@ -36,12 +36,19 @@ def plan_table(plan: FactorizationPlan) -> str:
 
 
 def _totals(plan: FactorizationPlan) -> str:
-    full, low = plan.num_params_full, plan.num_params
     kernels = plan.kernels.values()
     flops_full = sum(kernel.flops() for kernel in kernels)
     flops_low = sum(kernel.flops(plan.ranks.get(kernel.path)) for kernel in kernels)
-    return (
-        f"{len(plan.ranks)} of {len(plan.kernels) + len(plan.kernels.skipped)} layers are factorized: "
-        f"{full:,} -> {low:,} parameters ({full / max(low, 1):.2f}x fewer), "
-        f"{flops_full:,} -> {flops_low:,} FLOPs per example ({flops_full / max(flops_low, 1):.2f}x fewer)"
-    )
+    lines = [
+        f"{len(plan.ranks)} of {len(plan.kernels)} kernels are factorized",
+        f"parameters of the model: {_change(plan.num_params_full, plan.num_params)}",
+        f"forward FLOPs of the kernels, per example: {_change(flops_full, flops_low)}",
+    ]
+    return "\n".join(lines)
+
+
+def _change(before: int, after: int) -> str:
+    if before == after:
+        return f"{before:,}, unchanged"
+    ratio = max(before, after) / max(min(before, after), 1)
+    return f"{before:,} -> {after:,} ({ratio:.2f}x {'fewer' if after < before else 'more'})"

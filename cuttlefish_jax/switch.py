@@ -15,6 +15,7 @@ from optax import MaskedNode
 
 from cuttlefish_jax import moments
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
+from cuttlefish_jax.kernels import subtree
 from cuttlefish_jax.plan import FactorizationPlan
 
 # What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
@@ -52,6 +53,17 @@ def switch(
     Raises:
       ValueError: if ``state.apply_fn`` is not a model's bound ``apply`` and ``apply_fn`` is not given, or if
         the params do not fit the plan.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, cuttlefish_jax as cf
+      >>> from flax.training.train_state import TrainState
+      >>> model, x, tx = nn.Dense(6), jnp.ones((1, 8)), optax.sgd(0.1, momentum=0.9)
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+      >>> plan = cf.FactorizationPlan.from_ranks(cf.find_kernels(model, x), {"": 2})
+      >>> state = cf.switch(state, plan, tx)
+      >>> state.apply_fn({"params": state.params}, x).shape
+      (1, 6)
     """
     if apply_fn is None:
         model = getattr(state.apply_fn, "__self__", None)
@@ -98,23 +110,31 @@ def carry_opt_state(
       plan: the plan.
 
     Returns:
-      A state of the structure of ``tx.init(params_low)``. What could not be mapped is as ``tx.init`` made it, and
-      a warning names it.
+      A state of the structure of ``tx.init(params_low)``. What could not be mapped is as ``tx.init`` made it,
+      and a warning names it.
     """
     structure = jax.tree.structure(params)
 
     def is_params_like(node: Any) -> bool:
         return isinstance(node, Mapping) and _structure_unmasked(node) == structure
 
+    def can_project(node: Any) -> bool:
+        # Not the rows' sums of a factored second moment, or one number for a layer.
+        kernels = [(path, subtree(node, path)["kernel"]) for path in plan.ranks]
+        return all(
+            isinstance(leaf, MaskedNode) or jnp.shape(leaf) == plan.kernels[path].shape
+            for path, leaf in kernels
+        )
+
     old: dict[tuple[str, ...], Any] = {}
-    for name, node in _named_leaves(opt_state, is_params_like):
+    for name, node in _named_leaves((opt_state,), is_params_like):
         if not is_params_like(node):
             old[name] = node
-        elif projection := _PROJECTIONS.get(name[-1] if name else ""):
+        elif (projection := _PROJECTIONS.get(name[-1] if name else "")) and can_project(node):
             old.update(_named_leaves(projection(node, params_low, plan), prefix=name))
 
     fresh, treedef = jax.tree.flatten(tx.init(params_low))
-    names = [name for name, _ in _named_leaves(jax.tree.unflatten(treedef, fresh))]
+    names = [name for name, _ in _named_leaves((jax.tree.unflatten(treedef, fresh),))]
     fits = [
         name in old and jnp.shape(old[name]) == jnp.shape(leaf)
         for name, leaf in zip(names, fresh, strict=True)
@@ -123,7 +143,7 @@ def carry_opt_state(
     return jax.tree.unflatten(
         treedef,
         [
-            jnp.asarray(old[name], jnp.result_type(leaf)) if fit else leaf
+            _as_dtype_of(leaf, old[name]) if fit else leaf
             for name, leaf, fit in zip(names, fresh, fits, strict=True)
         ],
     )
@@ -134,20 +154,22 @@ def _named_leaves(
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The leaves of an optimizer state in tree order, with names that survive a change of the chain.
 
-    A part of a chain is named by its type and its place among those of its type, however the chain is
-    nested; fields and keys by their names.
+    A part of a chain is named by its type (and the type of what it wraps) and its place among those of its
+    type, however the chain is nested; fields and keys by their names.
     """
     if is_leaf(node):
         yield prefix, node
     elif isinstance(node, tuple) and not hasattr(node, "_fields"):
         seen: Counter[str] = Counter()
         for part in _parts(node):
-            kind = type(part).__name__
+            kind = _kind(part)
             yield from _named_leaves(part, is_leaf, (*prefix, f"{kind}#{seen[kind]}"))
             seen[kind] += 1
     elif isinstance(node, tuple):
         for field in node._fields:  # pyright: ignore[reportAttributeAccessIssue]
-            yield from _named_leaves(getattr(node, field), is_leaf, (*prefix, field))
+            value = getattr(node, field)
+            inner = (value,) if isinstance(value, tuple) else value
+            yield from _named_leaves(inner, is_leaf, (*prefix, field))
     elif isinstance(node, dict):
         for key in sorted(node):
             yield from _named_leaves(node[key], is_leaf, (*prefix, str(key)))
@@ -162,6 +184,16 @@ def _parts(chain: tuple[Any, ...]) -> Iterator[Any]:
             yield from _parts(part)
         else:
             yield part
+
+
+def _kind(state: Any) -> str:
+    parts = [_kind(part) for part in _parts((getattr(state, "inner_state", ()),))]
+    return type(state).__name__ + (f"({','.join(parts)})" if parts else "")
+
+
+def _as_dtype_of(leaf: Any, old: Any) -> Any:
+    dtype = jnp.result_type(leaf)
+    return old if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(old, dtype)
 
 
 def _structure_unmasked(tree: Any) -> Any:

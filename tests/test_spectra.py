@@ -89,7 +89,7 @@ def matrix_of(params, path):
     return np.asarray(NETWORK[path].to_matrix(node["kernel"]), np.float64)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_stable_ranks_of_a_network_agree_with_a_float64_svd(method, dtype):
     params = network_params(dtype)
@@ -274,6 +274,7 @@ def test_a_second_call_does_not_recompile(caplog):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_and_replicated_params_have_the_same_spectra(axis_type):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type, axis_type))
+    kernels = Kernels(tuple(NETWORK[path] for path in ("stage/conv", "tall", "blocks/fc")))
     params = network_params()
 
     def put(leaf, sharded):
@@ -286,12 +287,12 @@ def test_sharded_and_replicated_params_have_the_same_spectra(axis_type):
 
     sharded = jax.tree.map(lambda leaf: put(leaf, True), params)
     replicated = jax.tree.map(lambda leaf: put(leaf, False), params)
-    assert not sharded["wide"]["kernel"].sharding.is_fully_replicated
+    assert not sharded["tall"]["kernel"].sharding.is_fully_replicated
     for measure in (
-        lambda p: stable_ranks(p, NETWORK),
-        lambda p: stable_ranks(p, NETWORK, method="lanczos"),
-        lambda p: singular_values(p, NETWORK),
-        lambda p: accumulative_ranks(p, NETWORK),
+        lambda p: stable_ranks(p, kernels),
+        lambda p: stable_ranks(p, kernels, method="lanczos"),
+        lambda p: singular_values(p, kernels),
+        lambda p: accumulative_ranks(p, kernels),
     ):
         expected = measure(params)
         for other in (sharded, replicated):

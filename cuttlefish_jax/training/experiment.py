@@ -78,6 +78,7 @@ class Experiment:
             }
         preprocess, preprocess_eval = make_preprocess(config.data, dataset.mean, dataset.std)
         schedule = make_schedule(config.schedule, epochs=config.epochs, steps_per_epoch=train.steps_per_epoch)
+        make_optimizer(config.optimizer, schedule)  # for its errors, which must not wait for a phase
         kernels = cf.find_kernels(model, example, train=False)
         return cls(
             config=config,
@@ -108,7 +109,16 @@ class Experiment:
         return Phase(model, plan, schedule, tx, train_step, evaluate)
 
     def create_state(self, phase: Phase) -> TrainState:
-        """A state at random initialisation; call it under ``jax.eval_shape`` for its shapes."""
+        """A state at random initialisation."""
+        # Run once: optimising the program would take longer than it saves.
+        init = jax.jit(lambda: self._create_state(phase)).lower()
+        return init.compile(compiler_options={"xla_backend_optimization_level": 0})()
+
+    def abstract_state(self, phase: Phase) -> TrainState:
+        """The shapes and dtypes of a state."""
+        return jax.eval_shape(lambda: self._create_state(phase))
+
+    def _create_state(self, phase: Phase) -> TrainState:
         config = self.config
         return create_state(
             phase.model, phase.tx, self.example, seed=config.seed, ema=bool(config.optimizer.ema)
@@ -116,7 +126,7 @@ class Experiment:
 
     def count_flops(self, phase: Phase) -> int:
         """Forward FLOPs of a phase's network for one example."""
-        variables = jax.eval_shape(lambda: self.create_state(phase)).eval_variables
+        variables = self.abstract_state(phase).eval_variables
         return cf.count_flops(lambda v, x: phase.model.apply(v, x, train=False), variables, self.example)
 
 

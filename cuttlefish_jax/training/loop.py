@@ -94,7 +94,7 @@ class _Run:
             self.progress = progress = Progress.from_record(restored.record, self.progress.tracker)
             steps = self.experiment.train.steps_per_epoch
             phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
-            state = restored.into(jax.eval_shape(lambda: self.experiment.create_state(phase)))
+            state = restored.into(self.experiment.abstract_state(phase))
             _say(f"going on after epoch {progress.epoch} of {self.config.epochs} ({phase.name})")
         else:
             phase = self.experiment.phase()

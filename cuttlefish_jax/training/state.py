@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
@@ -31,20 +32,24 @@ class TrainState(train_state.TrainState):
 
 
 def create_state(
-    model: nn.Module, tx: optax.GradientTransformation, example: Any, *, seed: int, ema: bool
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    example: jax.ShapeDtypeStruct,
+    *,
+    seed: int,
+    ema: bool,
 ) -> TrainState:
-    """A state at random initialisation.
+    """A state at random initialisation; a pure function, to be compiled or traced for its shapes.
 
     Args:
       model: a Linen module called as ``model(x, train=...)``.
       tx: its optimizer.
-      example: an array or ``jax.ShapeDtypeStruct`` of the shape and dtype of one input batch.
+      example: shape and dtype of one input batch.
       seed: of the initialisation and of everything random in training.
       ema: whether to keep a moving average of the parameters.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    # Compiled as a whole: one program in place of one for every layer.
-    variables = jax.jit(lambda k, x: model.init(k, x, train=False))(init_key, example)
+    variables = model.init(init_key, jnp.zeros(example.shape, example.dtype), train=False)
     params = variables["params"]
     return TrainState.create(
         apply_fn=model.apply,

@@ -108,6 +108,12 @@ class Compiled:
         self._executable: Any = None
         self.compile_seconds = 0.0
 
+    @property
+    def flops(self) -> float:
+        """XLA's count of the operations of one call on one device; NaN before the first call."""
+        cost = self._executable.cost_analysis() if self._executable is not None else None
+        return cost.get("flops", float("nan")) if cost else float("nan")
+
     def __call__(self, *args: Any) -> Any:
         """Runs the function; the first call compiles it."""
         if self._executable is None:

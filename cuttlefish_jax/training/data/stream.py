@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,26 +41,25 @@ class Stream:
         self._make = make
         self._sharding = sharding
         self._workers = workers
-        self._iterator: Any = None
         self._position = 0
+        self._readers: list[Any] = []  # the open grain iterator, if there is one
+        # Also at the interpreter's exit, before grain's modules are torn down under its threads.
+        weakref.finalize(self, _close, self._readers)
 
     def steps(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``stop - 1``, on the devices."""
         for step in range(start, stop):
-            iterator = self._iterator
-            if iterator is None or self._position != step:
-                iterator = self._open(step)
-            batch = next(iterator)
+            if not self._readers or self._position != step:
+                self._open(step)
+            batch = next(self._readers[0])
             self._position = step + 1
             yield batch
 
     def close(self) -> None:
-        """Stops the reader threads and processes."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        """Stops the reader threads and processes; :meth:`steps` would start them again."""
+        _close(self._readers)
 
-    def _open(self, start: int) -> Any:
+    def _open(self, start: int) -> None:
         self.close()
         # One element is one batch: a reader decodes a whole batch by one call, and nothing is collated.
         reading = grain.ReadOptions(num_threads=READER_THREADS, prefetch_buffer_size=BATCHES_AHEAD_ON_HOST)
@@ -69,12 +70,19 @@ class Stream:
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options)
-        placed = batches.map(self._place)
-        self._iterator = iter(
-            grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=BATCHES_AHEAD_ON_DEVICE)
+        # A partial, not a method: the threads must not keep alive the stream whose end stops them.
+        placed = batches.map(functools.partial(_place, self._sharding))
+        ahead = grain.experimental.ThreadPrefetchIterDataset(
+            placed, prefetch_buffer_size=BATCHES_AHEAD_ON_DEVICE
         )
+        self._readers.append(iter(ahead))
         self._position = start
-        return self._iterator
 
-    def _place(self, batch: HostBatch) -> Batch:
-        return jax.device_put(batch, self._sharding)
+
+def _place(sharding: NamedSharding, batch: HostBatch) -> Batch:
+    return jax.device_put(batch, sharding)
+
+
+def _close(readers: list[Any]) -> None:
+    while readers:
+        readers.pop().close()

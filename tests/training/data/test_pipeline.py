@@ -1,4 +1,6 @@
 import itertools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +152,26 @@ def test_closed_input_opens_again(source):
     pipeline.close()
     pipeline.close()
     np.testing.assert_array_equal(indices(pipeline.epoch(0)), expected)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_no_reader_outlives_its_input(source, close):
+    def readers():
+        return {thread for thread in threading.enumerate() if "prefetch" in thread.name}
+
+    before = readers()
+    pipeline = train_input(source, on_device=False)
+    batches = pipeline.epoch(0)
+    next(batches)
+    assert readers() - before
+    if close:
+        pipeline.close()
+    del pipeline, batches
+    # grain tells its pool to stop and does not wait for it.
+    deadline = time.monotonic() + 30
+    while readers() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not readers() - before
 
 
 def test_batches_are_on_the_devices_already(source):

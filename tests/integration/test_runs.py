@@ -1,0 +1,157 @@
+"""Whole runs in this process: what they leave, and the choices along the way."""
+
+import json
+
+import numpy as np
+import pytest
+
+import cuttlefish_jax as cf
+from cuttlefish_jax.training.epoch import DivergedError
+from cuttlefish_jax.training.errors import ConfigError, WorkdirError
+from cuttlefish_jax.training.loop import run
+
+pytestmark = pytest.mark.slow
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_leaves_every_artifact(tiny_config, tmp_path, capsys):
+    summary = run(tiny_config(), tmp_path)
+
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    keys = """method model dataset seed epochs switch_epoch ranks params_full params_final flops_full flops_final
+        test_accuracy best_test_accuracy train_seconds rank_seconds switch_seconds compile_seconds
+        examples_per_second_full examples_per_second_low device"""
+    assert set(keys.split()) <= set(summary)
+    assert summary["switch_epoch"] == 2
+    assert summary["params_final"] < summary["params_full"]
+    assert summary["flops_final"] < summary["flops_full"]
+
+    metrics = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["epoch"] for line in metrics] == [0, 1, 2, 3]
+    assert [line["phase"] for line in metrics] == ["full_rank"] * 2 + ["low_rank"] * 2
+    keys = """train_loss test_loss test_accuracy learning_rate seconds examples_per_second rank_seconds
+        validation_loss validation_accuracy"""
+    assert all(set(keys.split()) <= set(line) for line in metrics)
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+
+    ranks = read_lines(tmp_path / "ranks.jsonl")
+    assert [line["epoch"] for line in ranks] == [0, 1, 2]
+    plan = cf.FactorizationPlan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.ranks == summary["ranks"]
+    assert plan.num_params == summary["params_final"]
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "checkpoints" / "4").is_dir()
+
+    said = capsys.readouterr().out
+    assert "epoch 1/4  full rank" in said and "epoch 4/4  low rank" in said
+    assert "stem_conv" in said and "first layer" in said  # the table at the switch
+
+    again = run(tiny_config(), tmp_path)
+    assert again == summary
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(WorkdirError, match=r"other settings: seed \(there 0, here 1\)"):
+        run(tiny_config(seed=1), tmp_path)
+
+
+def test_full_rank_never_switches(tiny_config, tmp_path):
+    summary = run(tiny_config(method="full_rank", epochs=2), tmp_path)
+    assert summary["switch_epoch"] is None
+    assert summary["params_final"] == summary["params_full"]
+    assert summary["ranks"] == {}
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("if_never", ["full_rank", "switch"])
+def test_ranks_that_miss_the_deadline(tiny_config, tmp_path, if_never):
+    config = tiny_config(
+        **{"switch.criterion": "reference_cifar", "switch.deadline": 0.5, "switch.if_never": if_never}
+    )
+    verdict = "switching now" if if_never == "switch" else "staying full-rank to the end"
+    with pytest.warns(UserWarning, match=f"have not converged by epoch 2 of 4: {verdict}"):
+        summary = run(config, tmp_path)
+    assert summary["switch_epoch"] == (2 if if_never == "switch" else None)
+
+
+def test_a_plan_that_shrinks_nothing_stays_full_rank(tiny_config, tmp_path):
+    with pytest.warns(UserWarning, match="no layer would get smaller"):
+        summary = run(tiny_config(**{"plan.min_rank_ratio": 1.0}), tmp_path)
+    assert summary["switch_epoch"] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan.extra_batch_norm": True, "model.sync_batch_norm": True},
+        {"optimizer.frobenius_decay": 1e-4, "optimizer.ema": 0.9, "optimizer.clip_norm": 1.0},
+        {"model.dtype": "bfloat16", "loss.label_smoothing": 0.1, "data.on_device": False},
+        {
+            "optimizer.name": "adamw",
+            "switch.optimizer": "reset",
+            "switch.learning_rate": "rewarmup",
+            "schedule.warmup_epochs": 1.0,
+            "schedule.peak": 1e-2,
+            "ranks.method": "exact",
+        },
+    ],
+    ids=lambda changes: ",".join(key.split(".")[-1] for key in changes),
+)
+def test_options_go_through_the_switch(tiny_config, tmp_path, changes):
+    summary = run(tiny_config(epochs=3, **{"switch.epoch": 1}, **changes), tmp_path)
+    assert summary["switch_epoch"] == 1
+    losses = [line["train_loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
+
+
+def test_both_inputs_train_alike(tiny_config, tmp_path):
+    """On-device and host input feed the same examples, augmented alike, to the same steps."""
+    config = {"epochs": 1, "method": "full_rank"}
+    run(tiny_config(**config), tmp_path / "device")
+    run(tiny_config(**config, **{"data.on_device": False}), tmp_path / "host")
+    device, host = (read_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("device", "host"))
+    np.testing.assert_allclose(device["train_loss"], host["train_loss"], rtol=1e-6)
+    np.testing.assert_allclose(device["test_loss"], host["test_loss"], rtol=1e-5)
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tiny_config, tmp_path):
+    # The rate explodes in the second epoch, after the first checkpoint.
+    schedule = {
+        "schedule.name": "steps",
+        "schedule.milestones": (0.25,),
+        "schedule.decay": 1e30,
+        "method": "full_rank",
+    }
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf|-inf) at step \d of epoch 1") as error:
+        run(tiny_config(**schedule), tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    assert [line["epoch"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "cutlefish"}, "config.method = 'cutlefish': it must be one of cuttlefish, full_rank"),
+        ({"data.name": "digitz"}, "digits"),
+        ({"model.name": "resnet19"}, "resnet18"),
+        ({"plan.keep": ("stage9/*",)}, "'stage9/\\*' matches no layer; near it: stage"),
+        ({"plan.keep": ("*",)}, "keeps every layer full-rank"),
+        (
+            {"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 1e-4},
+            "extra_batch_norm and config.optimizer.frobenius_decay exclude each other",
+        ),
+        ({"batch_size": 63}, "batch_size 63 cannot be shared evenly by 8 devices"),
+        ({"batch_size": 4096}, "less than one batch of 4096"),
+        ({"epochs": 0}, "config.epochs = 0"),
+        ({"switch.criterion": "soon"}, "config.switch.criterion = 'soon'"),
+        ({"schedule.name": "linear"}, "schedule.name"),
+        ({"optimizer.name": "adam"}, "optimizer.name"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(tiny_config, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        run(tiny_config(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
