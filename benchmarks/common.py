@@ -25,8 +25,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report(rows: Sequence[Mapping[str, Any]], json_file: str | None = None, *, notes: Sequence[str] = ()) -> None:
-    """Prints the rows as a table with the environment above and the notes below it; the same to a JSON file."""
+def report(
+    rows: Sequence[Mapping[str, Any]], json_file: str | None = None, *, notes: Sequence[str] = ()
+) -> None:
+    """Prints the rows as a table, the environment above and the notes below it; the same to a JSON file."""
     where = environment()
     print(", ".join(f"{name} {value}" for name, value in where.items()), end="\n\n")
     header = list(dict.fromkeys(key for row in rows for key in row))

@@ -1,7 +1,7 @@
 """Methods side by side: the same configuration under each, several seeds, every run a process of train.py.
 
-    python benchmarks/methods.py --config configs/quickstart.py --seeds 3 [--out runs/methods] [--json FILE] \\
-        [-- --config.epochs=20 ...]
+    python benchmarks/methods.py --config configs/quickstart.py --seeds 3 [--out runs/methods]
+        [--json FILE] [-- --config.epochs=20 ...]
 
 Runs that are finished in --out are not run again. What follows ``--`` goes to every run.
 """
@@ -54,7 +54,9 @@ def row(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--methods", nargs="+", default=["full_rank", "cuttlefish"])
     parser.add_argument("--seeds", type=int, default=3)

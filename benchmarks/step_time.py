@@ -4,7 +4,7 @@
 
 Takes the train step of ResNet-18 that train.py runs, full-rank and with stages 2 to 4 factorized at a fixed
 ratio, and runs the two alternately in one process. FLOPs are XLA's count of the compiled step. A third figure
-is what the training loop adds to its compiled steps: an epoch of train.py's loop against the same steps alone.
+is what the training loop adds: an epoch of train.py's loop against its compiled steps alone.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
     parser.add_argument("--ratio", type=float, default=0.25, help="rank as a share of min(m, n)")
     parser.add_argument("--batch", type=int, default=64)

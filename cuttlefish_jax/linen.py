@@ -62,7 +62,7 @@ LAYER_TYPES: dict[type, LayerType] = {
         refuse=_refuse_conv,
     ),
     nn.DenseGeneral: LayerType(
-        num_reduction_axes=lambda layer: len(layer.axis) if isinstance(layer.axis, (tuple, list)) else 1,
+        num_reduction_axes=lambda layer: 1 if isinstance(layer.axis, int) else len(layer.axis),
         second=lambda layer: dict(axis=-1),
         refuse=lambda layer: "DenseGeneral with batch_dims" if layer.batch_dims else None,
     ),
@@ -115,7 +115,8 @@ class Factorized(nn.Module):
         return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert (scope := self.scope) is not None  # Linen calls bound modules only
+        if (scope := self.scope) is None:
+            raise ValueError("the model is not bound to params: use init, apply or bind")
         depth, plan, ranks, key = len(self.path), self.plan, self.plan.ranks, hash(self.plan)
 
         def intercept(next_fun, args, kwargs, context):

@@ -10,6 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+import cuttlefish_jax as cf
 
 STACK_RNGS = {"params": True, "dropout": True}
 
@@ -28,9 +31,10 @@ class Case:
     collections: tuple[str, ...] = ("params",)
 
     def inputs(self) -> tuple[Any, ...]:
-        if jnp.issubdtype(self.input_dtype, jnp.integer):
-            return (jax.random.randint(jax.random.key(1), self.shape, 0, 7), *self.args)
-        return (jax.random.normal(jax.random.key(1), self.shape, self.input_dtype), *self.args)
+        rng = np.random.default_rng(1)
+        integers = jnp.issubdtype(self.input_dtype, jnp.integer)
+        values = rng.integers(0, 7, self.shape) if integers else rng.standard_normal(self.shape)
+        return (jnp.asarray(values, self.input_dtype), *self.args)
 
 
 class Setup(nn.Module):
@@ -313,3 +317,35 @@ CASES: dict[str, Case] = {
         collections=("params", "sn"),
     ),
 }
+
+
+@functools.cache
+def prepared(name: str, dtype: Any = None) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], cf.Kernels]:
+    """A case's model, inputs, variables (random, made without compiling anything) and kernels."""
+    case = CASES[name]
+    model, inputs = case.model(dtype=dtype), case.inputs()
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **case.kwargs))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf: Any) -> Any:
+        values = rng.standard_normal(leaf.shape) / np.sqrt(
+            max(1, leaf.size // max(leaf.shape[-1:], default=1))
+        )
+        return jnp.asarray(values + (leaf.ndim < 2), leaf.dtype)
+
+    variables = {
+        key: jax.tree.map(fill if key == "params" else lambda leaf: jnp.ones(leaf.shape, leaf.dtype), tree)
+        for key, tree in shapes.items()
+    }
+    return model, inputs, variables, cf.find_kernels(model, *inputs, **case.kwargs)
+
+
+def plan_at(kernels: cf.Kernels, ratio: float = 1.0, **options: Any) -> cf.FactorizationPlan:
+    """A plan that factorizes every kernel, at a share of its full rank."""
+    ranks = {path: max(1, int(kernel.max_rank * ratio)) for path, kernel in kernels.items()}
+    return cf.FactorizationPlan.from_ranks(kernels, ranks, **options)
+
+
+def once(fn: Callable[..., Any], *args: Any) -> Any:
+    """A call of a jitted function that runs once: most of its time would go into XLA's optimisations."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)

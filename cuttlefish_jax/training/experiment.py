@@ -112,7 +112,7 @@ class Experiment:
         """A state at random initialisation."""
         # Run once: optimising the program would take longer than it saves.
         init = jax.jit(lambda: self._create_state(phase)).lower()
-        return init.compile(compiler_options={"xla_backend_optimization_level": 0})()
+        return init.compile(compiler_options={"xla_backend_optimization_level": "0"})()
 
     def abstract_state(self, phase: Phase) -> TrainState:
         """The shapes and dtypes of a state."""
