@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.core import freeze, meta
 
@@ -49,7 +50,7 @@ def _refuse_conv(layer: nn.Conv) -> str | None:
 
 
 def _pointwise(layer: nn.Conv) -> dict[str, Any]:
-    window = (1,) * len(layer.kernel_size)
+    window = (1,) * np.size(layer.kernel_size)
     return dict(kernel_size=window, strides=1, padding="VALID", input_dilation=1, kernel_dilation=1)
 
 
@@ -62,7 +63,7 @@ LAYER_TYPES: dict[type, LayerType] = {
         refuse=_refuse_conv,
     ),
     nn.DenseGeneral: LayerType(
-        num_reduction_axes=lambda layer: 1 if isinstance(layer.axis, int) else len(layer.axis),
+        num_reduction_axes=lambda layer: np.size(layer.axis),
         second=lambda layer: dict(axis=-1),
         refuse=lambda layer: "DenseGeneral with batch_dims" if layer.batch_dims else None,
     ),
