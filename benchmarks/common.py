@@ -1,16 +1,56 @@
-"""What the benchmarks share: the line that says where a figure was taken, the table, the JSON."""
+"""What the benchmarks share: train.py's step to be timed, the table, and the line that says where it was."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
+
+from cuttlefish_jax.training.epoch import train_epoch
+from cuttlefish_jax.training.experiment import Experiment, Phase
+
+
+class Runner:
+    """The train step of one phase of an experiment, compiled, with its state and its input."""
+
+    def __init__(self, experiment: Experiment, phase: Phase):
+        self.data, self.step = experiment.train, phase.train_step
+        self.state = experiment.create_state(phase)
+        self.batches = self._endless()
+        self.batch = next(self.batches)
+        self.run(itertools.repeat(self.batch), 2)  # compiles, and warms up
+
+    def _endless(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.data.epoch(epoch) for epoch in itertools.count())
+
+    def run(self, batches: Iterator[Any], steps: int) -> tuple[float, float]:
+        """Seconds that so many steps take, and how many of them are spent in the call for a batch."""
+        blocked, metrics, start = 0.0, None, time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            blocked += time.perf_counter() - asked
+            self.state, metrics = self.step(self.state, self.data.resident, batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start, blocked
+
+    def repeat(self, steps: int) -> float:
+        """Seconds that so many steps on one and the same batch take."""
+        return self.run(itertools.repeat(self.batch), steps)[0]
+
+    def epoch(self) -> float:
+        """Seconds that one epoch of the training loop takes."""
+        start = time.perf_counter()
+        self.state, _ = train_epoch(self.step, self.state, self.data, 0)
+        return time.perf_counter() - start
 
 
 def environment() -> dict[str, Any]:

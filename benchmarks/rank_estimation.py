@@ -7,31 +7,36 @@
 The four take turns in every repeat, after a call that compiles, and the medians are reported. A second table
 has the errors of ``lanczos`` over many random matrices::
 
-    python benchmarks/rank_estimation.py [--repeats 5] [--only resnet18] [--json FILE]
+    python benchmarks/rank_estimation.py [--repeats 5] [--only resnet18] [--run runs/NAME] [--json FILE]
 
 About five minutes on two CPU cores. Weights are Gaussian, as at initialisation, or trained-like: singular
-values falling as 1/i with random singular vectors.
+values falling as 1/i with random singular vectors. With ``--run``, also those in the last checkpoint of a
+full-rank run of train.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+from common import report
+from flax import traverse_util
 
-from cuttlefish_jax.kernels import Kernel
+from cuttlefish_jax.kernels import Kernel, subtree
 from cuttlefish_jax.spectra import stable_ranks
+from cuttlefish_jax.training.checkpoint import Checkpointer
+from cuttlefish_jax.training.config import default_config
+from cuttlefish_jax.training.experiment import Experiment
 
 
 def conv(path: str, inputs: int, outputs: int, window: int = 3) -> Kernel:
@@ -104,11 +109,26 @@ def on_host(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[s
     return ranks
 
 
-def measure(network: str, weights: str, repeats: int) -> list[dict]:
+def trained(workdir: pathlib.Path) -> tuple[dict[str, Kernel], dict[str, np.ndarray]]:
+    """The kernels in the last checkpoint of a full-rank run."""
+    config = default_config()
+    config.update(json.loads((workdir / "config.json").read_text()))
+    experiment = Experiment.from_config(config)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        restored = checkpointer.restore()
+        if restored is None:
+            raise SystemExit(f"{workdir} has no checkpoint")
+        params = restored.into(experiment.abstract_state(experiment.phase())).params
+    kernels = dict(experiment.kernels)
+    return kernels, {path: np.asarray(subtree(params, path)["kernel"]) for path in kernels}
+
+
+def measure(
+    network: str, weights: str, kernels: dict[str, Kernel], host: dict[str, np.ndarray], repeats: int
+) -> list[dict[str, Any]]:
     """One row for each method."""
-    kernels = {kernel.path: kernel for kernel in NETWORKS[network]()}
-    host = make_params(list(kernels.values()), weights)
-    params = {path: {"kernel": jnp.asarray(kernel)} for path, kernel in host.items()}
+    nested = {tuple(path.split("/")): {"kernel": jnp.asarray(kernel)} for path, kernel in host.items()}
+    params = traverse_util.unflatten_dict(nested)
     truth = reference(host, kernels)
     methods: dict[str, Callable] = {
         "svdvals": lambda: on_host(host, kernels),
@@ -129,19 +149,18 @@ def measure(network: str, weights: str, repeats: int) -> list[dict]:
     rows = []
     for method in methods:
         median = statistics.median(seconds[method])
-        row = {"network": network, "kernels": len(kernels), "weights": weights, "method": method}
-        row["ms"] = 1e3 * median
-        if method in first:
-            row["first_call_ms"] = 1e3 * first[method]  # compiles
-        row["times_faster_than_svdvals"] = statistics.median(seconds["svdvals"]) / median
+        row: dict[str, Any] = {"network": network, "weights": weights, "method": method, "ms": 1e3 * median}
+        row["x svdvals"] = statistics.median(seconds["svdvals"]) / median
         if method != "one pass":
             errors = [abs(float(results[method][path]) / truth[path] - 1) for path in kernels]
-            row["max_relative_error"] = max(errors)
+            row["max error %"] = 100 * max(errors)
+        if method in first:
+            row["first call ms"] = 1e3 * first[method]  # compiles
         rows.append(row)
     return rows
 
 
-def lanczos_tail(shape: tuple[int, int], draws: int) -> dict:
+def lanczos_tail(shape: tuple[int, int], draws: int) -> str:
     """Errors of ``lanczos`` over many Gaussian matrices: how often its start vector is an unlucky one."""
     stack = np.random.default_rng(0).standard_normal((draws, *shape), dtype=np.float32)
     kernel = Kernel(
@@ -155,53 +174,28 @@ def lanczos_tail(shape: tuple[int, int], draws: int) -> dict:
     params, kernels = {"layer": {"kernel": jnp.asarray(stack)}}, {"layer": kernel}
     ranks = {method: stable_ranks(params, kernels, method=method)["layer"] for method in ("exact", "lanczos")}
     errors = np.asarray(ranks["lanczos"], np.float64) / np.asarray(ranks["exact"], np.float64) - 1
-    return {
-        "shape": list(shape),
-        "draws": draws,
-        "share_over_1_percent": float(np.mean(errors > 0.01)),
-        "median_relative_error": float(np.median(errors)),
-        "max_relative_error": float(np.max(errors)),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each method (default 5)")
-    parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the table there, too")
-    args = parser.parse_args()
-
-    device = jax.devices()[0]
-    about = {
-        "device": f"{device.device_kind} ({len(jax.devices())} device(s), host {platform.machine()})",
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "repeats": args.repeats,
-    }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"\n{'network':<11} {'weights':<13} {'method':<9} {'ms':>9} {'x svdvals':>10} {'max error':>10}")
-    rows = []
-    for network in [args.only] if args.only else NETWORKS:
-        for weights in ("Gaussian", "trained-like"):
-            for row in measure(network, weights, args.repeats):
-                error = f"{row['max_relative_error']:.1e}" if "max_relative_error" in row else "-"
-                faster = f"{row['times_faster_than_svdvals']:.1f}"
-                cells = f"{network:<11} {weights:<13} {row['method']:<9}"
-                print(f"{cells} {row['ms']:>9.1f} {faster:>10} {error:>10}", flush=True)
-                rows.append(row)
-    print("\nlanczos on Gaussian matrices: errors over many draws")
-    tails = []
-    for shape, draws in (((128, 128), 1000), ((512, 512), 200), ((768, 2304), 100)):
-        tails.append(tail := lanczos_tail(shape, draws))
-        over = f"{100 * tail['share_over_1_percent']:.1f} % of {draws} draws over 1 %"
-        median, worst = (f"{tail[key]:.1e}" for key in ("median_relative_error", "max_relative_error"))
-        print(f"{shape[0]} x {shape[1]}: {over}, median {median}, max {worst}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({**about, "rows": rows, "lanczos_tails": tails}, indent=2) + "\n")
+    over, median, worst = np.mean(errors > 0.01), np.median(errors), np.max(errors)
+    return (
+        f"{shape[0]} x {shape[1]}: {100 * over:.1f} % of {draws} draws off by more than 1 %; "
+        f"median error {100 * median:.2g} %, largest {100 * worst:.2g} %"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each method (default 5)")
+    parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
+    parser.add_argument("--run", type=pathlib.Path, help="the workdir of a full-rank run")
+    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    options = parser.parse_args()
+    table = []
+    for name in [options.only] if options.only else NETWORKS:
+        made = {kernel.path: kernel for kernel in NETWORKS[name]()}
+        for kind in ("Gaussian", "trained-like"):
+            table += measure(name, kind, made, make_params(list(made.values()), kind), options.repeats)
+    if options.run:
+        table += measure(options.run.name, "trained", *trained(options.run), options.repeats)
+    tails = [lanczos_tail(shape, draws) for shape, draws in (((128, 128), 1000), ((768, 2304), 100))]
+    report(table, options.json, notes=["Lanczos on Gaussian matrices, over many draws:", *tails])
