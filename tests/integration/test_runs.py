@@ -100,8 +100,8 @@ def test_a_plan_that_shrinks_nothing_stays_full_rank(tiny_config, tmp_path):
     ids=lambda changes: ",".join(key.split(".")[-1] for key in changes),
 )
 def test_options_go_through_the_switch(tiny_config, tmp_path, changes):
-    summary = run(tiny_config(epochs=3, **{"switch.epoch": 1}, **changes), tmp_path)
-    assert summary["switch_epoch"] == 1
+    summary = run(tiny_config(epochs=3, **changes), tmp_path)
+    assert summary["switch_epoch"] == 2
     losses = [line["train_loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
     assert np.all(np.isfinite(losses)) and losses[-1] < losses[0]
 
