@@ -58,7 +58,7 @@ def _pointwise(layer: nn.Conv) -> dict[str, Any]:
 LAYER_TYPES: dict[type, LayerType] = {
     nn.Dense: LayerType(num_reduction_axes=lambda layer: 1),
     nn.Conv: LayerType(
-        num_reduction_axes=lambda layer: len(tuple(layer.kernel_size)) + 1,
+        num_reduction_axes=lambda layer: np.size(layer.kernel_size) + 1,
         second=_pointwise,
         refuse=_refuse_conv,
     ),
@@ -98,14 +98,17 @@ class Factorized(nn.Module):
         """Calls the model."""
         return self._run(type(self.model).__call__, *args, **kwargs)
 
+    @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As the model's own; ``method`` is one of the model's."""
         return super().init_with_output(rngs, *args, method=self._via(method), **kwargs)
 
+    @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As the model's own; ``method`` is one of the model's."""
         return super().apply(variables, *args, method=self._via(method), **kwargs)
 
+    @nn.nowrap
     def _via(self, method: Any) -> Callable[..., Any] | None:
         if method is None:
             return None
@@ -115,6 +118,7 @@ class Factorized(nn.Module):
         method = getattr(method, "__func__", method)
         return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
 
+    @nn.nowrap
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (scope := self.scope) is None:
             raise ValueError("the model is not bound to params: use init, apply or bind")
@@ -137,10 +141,11 @@ class Factorized(nn.Module):
         with nn.intercept_methods(intercept):
             # In this module's own scope, as if it were this module; afresh, so that it can be called again.
             result = method(self.model.clone(parent=scope.rewound()), *args, **kwargs)
-        if self.is_initializing():
-            self._check_factors()
+        if self.is_initializing() and method is type(self.model).__call__:
+            self._check_factors()  # another method may leave some layers out
         return result
 
+    @nn.nowrap
     def _check_factors(self) -> None:
         params = self.variables.get("params", {})
         for path, rank in self.plan.rank_entries:
@@ -152,12 +157,12 @@ class Factorized(nn.Module):
 
 
 def _separate_traces(module: nn.Module, key: int) -> None:
-    """Keeps ``nn.jit`` from running a layer's trace that was made outside of this transformation.
+    """Keeps ``nn.jit`` from running a trace made outside of this transformation, or for another layer.
 
-    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, which submodules inherit.
+    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, but not by its path.
     """
     if module.scope is not None:
-        module.scope.flags = freeze({**module.scope.flags, "cuttlefish": key})
+        module.scope.flags = freeze({**module.scope.flags, f"cuttlefish_{key}": module.path})
 
 
 def _call_factors(layer: Any, rank: int, extra_batch_norm: bool, args: tuple, kwargs: dict) -> Any:
@@ -234,6 +239,8 @@ class _Findings:
                 self.ndims[f"{path}/{name}"] = jnp.ndim(meta.unbox(leaf))
         if context.method_name != "__call__" or type(layer) not in LAYER_TYPES:
             return result
+        if f"{path}/kernel" not in self.ndims:
+            return result  # factorized already: its factors have the kernels
         reason = LAYER_TYPES[type(layer)].refuse(layer)
         if self.wrappers:
             reason = f"its kernel is computed by {self.wrappers[-1]}"

@@ -83,8 +83,8 @@ def default_config() -> Config:
         dict(
             criterion="relative_plateau",  # or reference_cifar, reference_resnet50, reference_deit, at_epoch
             epoch=0,  # "at_epoch": the first low-rank epoch
-            deadline=0.5,  # share of the run by which the ranks should have converged
-            if_never="full_rank",  # then: stay full_rank (and warn), or switch
+            deadline=0.7,  # share of the run by which the ranks should have converged
+            if_never="switch",  # then (with a warning): switch at the ranks of that day, or stay full_rank
             optimizer="carry",  # its state goes into factor space; or reset
             learning_rate="continue",  # the schedule goes on; or rewarmup
         )
