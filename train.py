@@ -32,7 +32,11 @@ def main(argv: list[str]) -> int:
         jax.distributed.initialize()
     config = _CONFIG.value
     try:
-        run(config, _WORKDIR.value or Path("runs") / config.name)
+        name = config.name
+    except OSError as error:  # no such file: ml_collections says so when the configuration is first used
+        return _refuse(" ".join(str(error).split()))
+    try:
+        run(config, _WORKDIR.value or Path("runs") / name)
     except UserError as error:
         return _refuse(str(error))
     return 0
@@ -44,7 +48,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
         sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # orbax tells of every step it takes
+        flags.FLAGS.verbosity = logging.ERROR  # orbax and tfds tell of every step they take
     return args
 
 

@@ -122,7 +122,8 @@ class Factorized(nn.Module):
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (scope := self.scope) is None:
             raise ValueError("the model is not bound to params: use init, apply or bind")
-        depth, plan, ranks, key = len(self.path), self.plan, self.plan.ranks, hash(self.plan)
+        depth, plan, ranks = len(self.path), self.plan, self.plan.ranks
+        key = _Unique() if self.is_initializing() else hash(plan)
 
         def intercept(next_fun, args, kwargs, context):
             layer = context.module
@@ -156,13 +157,24 @@ class Factorized(nn.Module):
                 raise ValueError(f"the plan was made for another model: {error}") from error
 
 
-def _separate_traces(module: nn.Module, key: int) -> None:
-    """Keeps ``nn.jit`` from running a trace made outside of this transformation, or for another layer.
+def _separate_traces(module: nn.Module, key: int | _Unique) -> None:
+    """Keeps ``nn.jit`` from running a trace that was made outside of this transformation.
 
-    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, but not by its path.
+    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, which submodules inherit.
     """
     if module.scope is not None:
-        module.scope.flags = freeze({**module.scope.flags, f"cuttlefish_{key}": module.path})
+        module.scope.flags = freeze({**module.scope.flags, "cuttlefish": key})
+
+
+class _Unique:
+    """A flag that ``nn.jit``, which looks at the elements of what has some, takes for a new one every time.
+
+    Two equal layers are one trace to ``nn.jit``, whatever their paths. While params are made, nothing else
+    would tell apart two that get different ranks.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        yield secrets.randbits(60)
 
 
 def _call_factors(layer: Any, rank: int, extra_batch_norm: bool, args: tuple, kwargs: dict) -> Any:
@@ -219,13 +231,12 @@ class _Findings:
     owners: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> type name of any module
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)  # param -> its axes, in one copy
     wrappers: list[str] = dataclasses.field(default_factory=list)  # reparameterising modules now running
-    run: int = dataclasses.field(default_factory=lambda: secrets.randbits(60))
 
     def intercept(self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         layer = context.module
         if layer.scope is None or _PROBE in layer.path:
             return next_fun(*args, **kwargs)
-        _separate_traces(layer, self.run)
+        _separate_traces(layer, _Unique())
         path = "/".join(layer.path)
         self.owners.setdefault(path, type(layer).__name__)
         is_wrapper = isinstance(layer, _REPARAMETERISED)

@@ -143,3 +143,4 @@ def test_the_command_line_refuses_in_one_line(tmp_path, environment):
     assert "digitz" in refused("--config.data.name=digitz")
     assert "batch_size 63 cannot be shared evenly by 2 devices" in refused("--config.batch_size=63")
     assert "unexpected arguments again" in refused("again")
+    assert "No such file or directory: 'configs/quickstat.py'" in refused("--config=configs/quickstat.py")
