@@ -24,7 +24,7 @@ class Runner:
     def __init__(self, experiment: Experiment, phase: Phase):
         self.data, self.step = experiment.train, phase.train_step
         self.state = experiment.create_state(phase)
-        self.batches = self._endless()
+        self.batches, self.epochs = self._endless(), 0
         self.batch = next(self.batches)
         self.run(itertools.repeat(self.batch), 2)  # compiles, and warms up
 
@@ -47,9 +47,10 @@ class Runner:
         return self.run(itertools.repeat(self.batch), steps)[0]
 
     def epoch(self) -> float:
-        """Seconds that one epoch of the training loop takes."""
+        """Seconds that the next epoch of the training loop takes."""
         start = time.perf_counter()
-        self.state, _ = train_epoch(self.step, self.state, self.data, 0)
+        self.state, _ = train_epoch(self.step, self.state, self.data, self.epochs)
+        self.epochs += 1
         return time.perf_counter() - start
 
 

@@ -63,8 +63,9 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Replaces each of the plan's kernels by the best pair of factors of its rank.
 
     The factors come from the eigenvectors of the smaller Gram matrix, in float32 on the device: their
-    product is the truncated SVD's (Eckart-Young), and the kernel itself at full rank. They are balanced:
-    both carry the square roots of the singular values.
+    product is the truncated SVD's (Eckart-Young), singular values below 3e-4 of the largest one not told
+    apart, and the kernel itself at full rank. They are balanced: both carry the square roots of the singular
+    values.
 
     Args:
       params: the params tree of the model (not changed).
@@ -202,13 +203,18 @@ def _balanced(w: Float[Array, "b m n"]) -> tuple[Float[Array, "b m k"], Float[Ar
     if m < n:
         v, u = _balanced(w.mT)
         return u.mT, v.mT
+    # With its largest entry scaled to 1, no square overflows or vanishes.
+    scale = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
+    scale = jnp.where(scale > 0, scale, 1)
+    w = w / scale
     # Whatever the rounding of q and s, u v = w q q^T: an orthogonal projection of w, exact at full rank.
     eigenvalues, q = jnp.linalg.eigh(_matmul(w.mT, w))
     eigenvalues, q = eigenvalues[..., ::-1], q[..., ::-1]
     # Below the Gram matrix's rounding (s < 3e-4 s_max) the split of s between u and v means nothing.
     floor = jnp.maximum(1e-7 * eigenvalues[..., :1], jnp.finfo(w.dtype).tiny)
     root = jnp.maximum(eigenvalues, floor)[..., None, :] ** 0.25
-    return _matmul(w, q) / root, (q * root).mT
+    half = jnp.sqrt(scale)
+    return _matmul(w, q) / root * half, (q * root * half).mT
 
 
 def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str, Callable]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
+from flax import core, struct
 from flax.core import freeze, meta
 
 from cuttlefish_jax.factorize import factorize
@@ -109,25 +109,19 @@ class Factorized(nn.Module):
         return super().apply(variables, *args, method=self._via(method), **kwargs)
 
     @nn.nowrap
-    def _via(self, method: Any) -> Callable[..., Any] | None:
-        if method is None:
-            return None
-        if isinstance(method, str):
-            method = getattr(type(self.model), method)
-        # A method that was taken from an instance is called on the model inside this wrapper all the same.
-        method = getattr(method, "__func__", method)
-        return lambda self, *args, **kwargs: self._run(method, *args, **kwargs)
+    def _via(self, method: Any) -> Callable[..., Any]:
+        # Also of a method taken from an instance: it is called on the model inside this wrapper.
+        function = _unbound(self.model, method)
+        return lambda self, *args, **kwargs: self._run(function, *args, **kwargs)
 
     @nn.nowrap
     def _run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (scope := self.scope) is None:
             raise ValueError("the model is not bound to params: use init, apply or bind")
         depth, plan, ranks = len(self.path), self.plan, self.plan.ranks
-        key = _Unique() if self.is_initializing() else hash(plan)
 
         def intercept(next_fun, args, kwargs, context):
             layer = context.module
-            _separate_traces(layer, key)
             if context.method_name != "__call__" or type(layer) not in LAYER_TYPES:
                 return next_fun(*args, **kwargs)
             path = "/".join(layer.path[depth:])
@@ -139,9 +133,11 @@ class Factorized(nn.Module):
                 )
             return _call_factors(layer, ranks[path], plan.extra_batch_norm, args, kwargs)
 
+        # In this module's own scope, as if it were this module; afresh, so that it can be called again.
+        inner = scope.rewound()
+        inner.flags = freeze({**scope.flags, _FLAG: _Unique() if self.is_initializing() else hash(plan)})
         with nn.intercept_methods(intercept):
-            # In this module's own scope, as if it were this module; afresh, so that it can be called again.
-            result = method(self.model.clone(parent=scope.rewound()), *args, **kwargs)
+            result = method(self.model.clone(parent=inner), *args, **kwargs)
         if self.is_initializing() and method is type(self.model).__call__:
             self._check_factors()  # another method may leave some layers out
         return result
@@ -157,20 +153,24 @@ class Factorized(nn.Module):
                 raise ValueError(f"the plan was made for another model: {error}") from error
 
 
-def _separate_traces(module: nn.Module, key: int | _Unique) -> None:
-    """Keeps ``nn.jit`` from running a trace that was made outside of this transformation.
+def _unbound(model: nn.Module, method: Any) -> Callable[..., Any]:
+    """The function of the model's class that ``method`` of ``init`` or ``apply`` means."""
+    if method is None:
+        return type(model).__call__
+    if isinstance(method, str):
+        return getattr(type(model), method)
+    return getattr(method, "__func__", method)
 
-    ``nn.jit`` looks its traces up by the module's fields and its scope's flags, which submodules inherit.
-    """
-    if module.scope is not None:
-        module.scope.flags = freeze({**module.scope.flags, "cuttlefish": key})
+
+# ``nn.jit`` looks its traces up by a module's fields, its variables' shapes and its scope's flags, which the
+# scopes below inherit; not by its path, nor by what intercepts it. This flag has to tell the rest.
+_FLAG = "cuttlefish"
 
 
 class _Unique:
-    """A flag that ``nn.jit``, which looks at the elements of what has some, takes for a new one every time.
+    """A flag that no other equals, not even itself: ``nn.jit`` goes by the elements of what has elements.
 
-    Two equal layers are one trace to ``nn.jit``, whatever their paths. While params are made, nothing else
-    would tell apart two that get different ranks.
+    It is for the calls that make params: while there are none, nothing tells two equal layers apart.
     """
 
     def __iter__(self) -> Iterator[int]:
@@ -236,7 +236,6 @@ class _Findings:
         layer = context.module
         if layer.scope is None or _PROBE in layer.path:
             return next_fun(*args, **kwargs)
-        _separate_traces(layer, _Unique())
         path = "/".join(layer.path)
         self.owners.setdefault(path, type(layer).__name__)
         is_wrapper = isinstance(layer, _REPARAMETERISED)
@@ -278,8 +277,12 @@ def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernel
     def run(*arrays: Any) -> Any:
         filled = {**dict(enumerate(leaves)), **dict(zip(traced, arrays, strict=True))}
         args, options = jax.tree.unflatten(treedef, [filled[i] for i in range(len(leaves))])
+        method = _unbound(model, options.pop("method", None))
+        init = core.init(
+            lambda scope: method(model.clone(parent=scope), *args, **options), flags={_FLAG: _Unique()}
+        )
         with nn.intercept_methods(found.intercept):
-            output, variables = model.init_with_output({"params": jax.random.key(0)}, *args, **options)
+            output, variables = init({"params": jax.random.key(0)})
         # With the output, lest JAX drops from the program what nothing depends on.
         outputs = [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
         return outputs, variables.get("params", {})

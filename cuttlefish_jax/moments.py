@@ -49,9 +49,9 @@ def _second_moment(w, u, v):
 
 
 def _average(w, u, v):
-    # The rows of V are orthogonal: its pseudo-inverse is its transpose over their squared norms.
-    squared = jnp.sum(v * v, axis=-1)[..., None, :]
-    return _matmul(w, v.mT) / jnp.maximum(squared, jnp.finfo(v.dtype).tiny), v
+    # Rows of V that stand for vanishing singular values, or were rounded to bfloat16, are not orthogonal.
+    inverse = jnp.linalg.pinv(_matmul(v, v.mT), rtol=1e-6, hermitian=True)
+    return _matmul(_matmul(w, v.mT), inverse), v
 
 
 def _project(tree: Params, params_low: Params, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:

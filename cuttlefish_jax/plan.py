@@ -94,13 +94,11 @@ class FactorizationPlan:
     @property
     def num_params(self) -> int:
         """Parameters of the whole model after the switch."""
-        saved = 0
-        for path, rank in self.rank_entries:
-            kernel = self.kernels[path]
-            saved += kernel.num_params() - kernel.num_params(rank)
-            if self.extra_batch_norm:
-                saved -= 2 * rank * math.prod(kernel.stack_shape)
-        return self.num_params_full - saved
+        saved = (
+            self.kernels[path].num_params() - _num_params_low(self.kernels[path], rank, self.extra_batch_norm)
+            for path, rank in self.rank_entries
+        )
+        return self.num_params_full - sum(saved)
 
     def report(self) -> str:
         """A table for people: every layer, its shape, rank, parameters before and after, and why."""
@@ -117,7 +115,12 @@ class FactorizationPlan:
         Raises:
           ValueError: if ``text`` is no such document, or its ranks do not fit its kernels.
         """
-        return cls(**read_plan(text))
+        fields = read_plan(text)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            message = " ".join(str(error).splitlines())
+            raise ValueError(f"not a factorization plan: {message}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +216,7 @@ def make_plan(
             if rule is None or rule.rank is None:
                 rank = max(rank, math.ceil(floor * kernel.max_rank * (1 - _ROUNDING)))
                 rank = min(kernel.max_rank, round_to * math.ceil(rank / round_to))
-            if kernel.num_params(rank) < kernel.num_params():
+            if _num_params_low(kernel, rank, extra_batch_norm) < kernel.num_params():
                 ranks.append((path, rank))
                 continue
             reason = f"rank {rank} of {kernel.max_rank} would not make it smaller"
@@ -236,6 +239,11 @@ def gaussian_scale(m: int, n: int) -> float:
       4.0
     """
     return (1 + math.sqrt(min(m, n) / max(m, n))) ** 2
+
+
+def _num_params_low(kernel: Kernel, rank: int, extra_batch_norm: bool) -> int:
+    norm = 2 * rank * math.prod(kernel.stack_shape) if extra_batch_norm else 0
+    return kernel.num_params(rank) + norm
 
 
 def _wanted_rank(
@@ -296,7 +304,8 @@ def _check_rules(rules: Sequence[Rule], kernels: Kernels) -> None:
 
 def _no_such_layer(name: str, kernels: Iterable[str], what: str = "path") -> str:
     near = difflib.get_close_matches(name, list(kernels), n=3, cutoff=0.0)
-    return f"{what} {name!r} matches no layer; near it: {', '.join(near) or 'the model has no kernels'}"
+    names = ", ".join(path or "(root)" for path in near)
+    return f"{what} {name!r} matches no layer; " + (f"near it: {names}" if near else "the model has no kernels")
 
 
 def _check_rank(rank: Any, kernel: Kernel) -> int:

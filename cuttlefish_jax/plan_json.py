@@ -32,7 +32,7 @@ def write_plan(plan: FactorizationPlan) -> str:
 def read_plan(text: str) -> dict[str, Any]:
     """The fields of the plan that :func:`write_plan` wrote; a ValueError for any other text."""
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (TypeError, ValueError, RecursionError) as error:
         raise _error(f"it is not JSON: {error}") from error
     if (version := _get(document, "format", int)) != _FORMAT:
@@ -79,6 +79,16 @@ def _kernel(entry: Any) -> Kernel:
             f"not a factorization plan: the stack indices of {path!r} do not give its stack axes"
         )
     return kernel
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(document := dict(pairs)) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return document
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
 
 
 def _get(document: Any, key: str, kind: type) -> Any:
