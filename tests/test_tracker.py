@@ -11,7 +11,13 @@ from cuttlefish_jax.tracker import RankTracker
 
 TRAJECTORIES = pathlib.Path(__file__).parent / "data" / "trajectories"
 # Every recorded run and the epochs between which its switch has to come; a file without an entry fails.
-EXPECTED_SWITCH: dict[str, tuple[int, int]] = {}
+EXPECTED_SWITCH = {
+    "digits_resnet_seed0.json": (9, 15),
+    "digits_resnet_seed1.json": (9, 15),
+    "digits_resnet_seed2.json": (9, 15),
+    "fashion_mnist_resnet18_cosine.json": (12, 20),
+    "fashion_mnist_resnet18_steps.json": (12, 20),  # the second cut of the learning rate is at 22
+}
 
 CIFAR_HISTORY = [60, 41, 33, 28, 25, 23, 21, 20, 19, 18, 17, 17, 16, 16] + [15] * 6 + [14] * 40
 IMAGENET_HISTORY = [178, 160, 150, 141, 135, 131, 128, 126, 125, 124, 123, 123]
@@ -220,6 +226,26 @@ def test_every_recorded_trajectory_switches_when_it_should():
     for name, (earliest, latest) in EXPECTED_SWITCH.items():
         epoch = replay(load_trajectory(files[name]), RelativePlateau()).switch_epoch
         assert epoch is not None and earliest <= epoch <= latest, f"{name}: switch at {epoch}"
+
+
+def test_the_ranks_at_the_switch_are_those_of_the_end():
+    """What a plateau is wanted for; in each recorded run, for each layer."""
+    for file in TRAJECTORIES.glob("*.json"):
+        history = load_trajectory(file)
+        epoch = replay(history, RelativePlateau()).switch_epoch
+        for path, ranks in history.items():
+            assert ranks[epoch] == pytest.approx(ranks[-1], rel=0.06), f"{file.name}: {path}"
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02])
+def test_recorded_runs_with_more_noise_switch_later_not_earlier(noise):
+    for file in TRAJECTORIES.glob("*.json"):
+        history = load_trajectory(file)
+        clean = replay(history, RelativePlateau()).switch_epoch
+        rng = np.random.default_rng(0)
+        noisy = {p: x * np.exp(noise * rng.standard_normal(len(x))) for p, x in history.items()}
+        epoch = replay(noisy, RelativePlateau()).switch_epoch
+        assert epoch is None or epoch >= clean - 2, f"{file.name}: {epoch}, without noise {clean}"
 
 
 def test_a_saved_tracker_is_a_trajectory(tmp_path):
