@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_matrix, subtree
+from cuttlefish_jax.matrices import map_matrices
 from cuttlefish_jax.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -174,20 +175,11 @@ def factorize_batch_stats(batch_stats: Params, plan: FactorizationPlan) -> dict[
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _balanced_factors(kernels: dict[str, Array], plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
-    groups: dict[tuple[int, int], list[str]] = {}
-    for path in kernels:
-        groups.setdefault((plan.kernels[path].m, plan.kernels[path].n), []).append(path)
+    matrices = [plan.kernels[path].to_matrix(kernel).astype(jnp.float32) for path, kernel in kernels.items()]
     factors = {}
-    for (m, n), paths in groups.items():
-        # One batched eigendecomposition for each shape: compiled once, not once for every layer.
-        matrices = {path: plan.kernels[path].to_matrix(kernels[path]).reshape(-1, m, n) for path in paths}
-        u, v = _balanced(jnp.concatenate([matrix.astype(jnp.float32) for matrix in matrices.values()]))
-        start = 0
-        for path, matrix in matrices.items():
-            rank = plan.ranks[path]
-            here = slice(start, start := start + len(matrix))
-            halves = u[here, :, :rank], v[here, :rank, :]
-            factors[path] = shape_factors(halves, plan.kernels[path], matrix.dtype)
+    for (path, kernel), (u, v) in zip(kernels.items(), map_matrices(_balanced, matrices), strict=True):
+        halves = u[..., :, : plan.ranks[path]], v[..., : plan.ranks[path], :]
+        factors[path] = shape_factors(halves, plan.kernels[path], kernel.dtype)
     return factors
 
 
@@ -197,7 +189,7 @@ def shape_factors(halves: tuple[U, V], kernel: Kernel, dtype: Any) -> tuple[Arra
     return u.from_matrix(halves[0]).astype(dtype), v.from_matrix(halves[1]).astype(dtype)
 
 
-def _balanced(w: Float[Array, "b m n"]) -> tuple[Float[Array, "b m k"], Float[Array, "b k n"]]:
+def _balanced(w: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
     """All ``k = min(m, n)`` columns of the balanced factors, the largest singular value first."""
     m, n = w.shape[-2:]
     if m < n:

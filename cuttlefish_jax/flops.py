@@ -76,10 +76,9 @@ def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEq
 def _sub_jaxprs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
+            inner = getattr(item, "jaxpr", item)  # a closed one holds it
+            if isinstance(inner, core.Jaxpr):
+                yield inner
 
 
 def _flops(eqn: core.JaxprEqn) -> int:

@@ -185,7 +185,7 @@ def _call_factors(layer: Any, rank: int, extra_batch_norm: bool, args: tuple, kw
     hidden = u(*args, **kwargs)
     if extra_batch_norm:
         # A layer is not told whether it trains; that its statistics may change says the same.
-        training = layer.is_mutable_collection("batch_stats") and not layer.is_initializing()
+        training = layer.is_mutable_collection("batch_stats")
         norm = nn.BatchNorm(
             use_running_average=not training, momentum=0.9, dtype=layer.dtype, name="norm", parent=layer
         )

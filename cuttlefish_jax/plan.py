@@ -305,7 +305,8 @@ def _check_rules(rules: Sequence[Rule], kernels: Kernels) -> None:
 def _no_such_layer(name: str, kernels: Iterable[str], what: str = "path") -> str:
     near = difflib.get_close_matches(name, list(kernels), n=3, cutoff=0.0)
     names = ", ".join(path or "(root)" for path in near)
-    return f"{what} {name!r} matches no layer; " + (f"near it: {names}" if near else "the model has no kernels")
+    hint = f"near it: {names}" if near else "the model has no kernels"
+    return f"{what} {name!r} matches no layer; {hint}"
 
 
 def _check_rank(rank: Any, kernel: Kernel) -> int:

@@ -13,7 +13,6 @@ compile on a TPU.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, kernel_matrix
+from cuttlefish_jax.matrices import map_matrices
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -163,42 +163,27 @@ def _by_path(kernels: Mapping[str, Kernel], values: tuple[Array, ...]) -> dict[s
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _stable_ranks(params: Params, kernels: tuple[Kernel, ...], method: str) -> tuple[Array, ...]:
-    return _map_matrices(_STABLE_RANK[method], params, kernels)
+    return _measure_all(_STABLE_RANK[method], params, kernels)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _singular_values(params: Params, kernels: tuple[Kernel, ...]) -> tuple[Array, ...]:
-    return _map_matrices(_spectrum, params, kernels)
+    return _measure_all(_spectrum, params, kernels)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _accumulative_ranks(params: Params, kernels: tuple[Kernel, ...], p: Array) -> tuple[Array, ...]:
-    return _map_matrices(functools.partial(_accumulative_rank, p=p), params, kernels)
+    return _measure_all(functools.partial(_accumulative_rank, p=p), params, kernels)
 
 
-def _map_matrices(
+def _measure_all(
     measure: Callable[[Float[Array, "m n"]], Array], params: Params, kernels: tuple[Kernel, ...]
 ) -> tuple[Array, ...]:
-    """``measure`` of every kernel's matrix in float32, traced once for each shape."""
+    """``measure`` of every kernel's matrix in float32."""
 
-    def measure_all(params: Params) -> tuple[Array, ...]:
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, kernel in enumerate(kernels):
-            groups.setdefault((kernel.m, kernel.n), []).append(index)
-
-        values: dict[int, Array] = {}
-        for shape, members in groups.items():
-            stacked = [kernel_matrix(params, kernels[i]).astype(jnp.float32) for i in members]
-            # Not vmap: XLA's CPU backend is up to twice as fast with one matrix after the other, each of
-            # which stays in the cache for all of its steps, as with batched matrix-vector products.
-            measured = jax.lax.map(measure, jnp.concatenate([one.reshape(-1, *shape) for one in stacked]))
-            start = 0
-            for index in members:
-                stack = kernels[index].stack_shape
-                stop = start + math.prod(stack)
-                values[index] = measured[start:stop].reshape(*stack, *measured.shape[1:])
-                start = stop
-        return tuple(values[index] for index in range(len(kernels)))
+    def run(params: Params) -> tuple[Array, ...]:
+        matrices = [kernel_matrix(params, kernel).astype(jnp.float32) for kernel in kernels]
+        return tuple(map_matrices(measure, matrices))
 
     # Params on a mesh of explicit axes would need an output sharding for every reshape and product. There too
     # the compiler may choose, and the results, small as they are, go to every device.
@@ -206,9 +191,9 @@ def _map_matrices(
         mesh = jax.typeof(leaf).sharding.mesh
         if mesh.explicit_axes:
             everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            measured: Any = jax.sharding.auto_axes(measure_all, out_sharding=everywhere)(params)
+            measured: Any = jax.sharding.auto_axes(run, out_sharding=everywhere)(params)
             return measured
-    return measure_all(params)
+    return run(params)
 
 
 def _gram(matrix: Float[Array, "m n"]) -> Float[Array, "k k"]:

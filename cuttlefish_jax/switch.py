@@ -113,10 +113,9 @@ def carry_opt_state(
       A state of the structure of ``tx.init(params_low)``. What could not be mapped is as ``tx.init`` made it,
       and a warning names it.
     """
-    structure = jax.tree.structure(params)
 
     def is_params_like(node: Any) -> bool:
-        return isinstance(node, Mapping) and _structure_unmasked(node) == structure
+        return _as_params(node, params) is not None
 
     def can_project(node: Any) -> bool:
         # Not the rows' sums of a factored second moment, or one number for a layer.
@@ -128,10 +127,12 @@ def carry_opt_state(
 
     old: dict[tuple[str, ...], Any] = {}
     for name, node in _named_leaves((opt_state,), is_params_like):
-        if not is_params_like(node):
+        if (part := _as_params(node, params)) is None:
             old[name] = node
-        elif (projection := _PROJECTIONS.get(name[-1] if name else "")) and can_project(node):
-            old.update(_named_leaves(projection(node, params_low, plan), prefix=name))
+            continue
+        if (projection := _PROJECTIONS.get(name[-1] if name else "")) and can_project(part):
+            part = projection(part, params_low, plan)
+        old.update(_named_leaves(part, prefix=name))  # unprojected: what belongs to unchanged layers is kept
 
     fresh, treedef = jax.tree.flatten(tx.init(params_low))
     names = [name for name, _ in _named_leaves((jax.tree.unflatten(treedef, fresh),))]
@@ -196,11 +197,26 @@ def _as_dtype_of(leaf: Any, old: Any) -> Any:
     return old if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(old, dtype)
 
 
-def _structure_unmasked(tree: Any) -> Any:
+def _as_params(node: Any, params: Mapping[str, Any]) -> Any:
+    """``node`` with a leaf for every param, if it has their structure; else ``None``.
+
+    A mask may be a prefix of the params: one ``MaskedNode`` then stands for all params of a layer.
+    """
+
     def is_masked(node: Any) -> bool:
         return isinstance(node, MaskedNode)
 
-    return jax.tree.structure(jax.tree.map(lambda _: 0, tree, is_leaf=is_masked))
+    def spread(leaf: Any, part: Any) -> Any:
+        return jax.tree.map(lambda _: leaf, part) if is_masked(leaf) else leaf
+
+    if not isinstance(node, Mapping):
+        return None
+    try:
+        tree = jax.tree.map(spread, node, params, is_leaf=is_masked)
+    except ValueError:
+        return None
+    unmasked = jax.tree.map(lambda _: 0, tree, is_leaf=is_masked)
+    return tree if jax.tree.structure(unmasked) == jax.tree.structure(params) else None
 
 
 def _warn_of_lost(lost: list[str], plan: FactorizationPlan) -> None:

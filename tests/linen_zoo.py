@@ -88,7 +88,7 @@ class Stacked(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(6, dtype=self.dtype, name="stem")(x)
-        axes = {} if self.broadcast else {"params": self.axis, "batch_stats": 0}
+        axes = {} if self.broadcast else {"params": self.axis, "batch_stats": self.axis}
         scanned = nn.scan(
             self.wrap(Step),
             variable_axes=axes,
@@ -145,6 +145,30 @@ class Wrapped(nn.Module):
             inner = Wrapped(self.transform, self.dtype, self.depth - 1, name="inner")
             return inner(x) + nn.Dense(6, dtype=self.dtype, name="side")(x)
         return self.transform(Block)(dtype=self.dtype, name="block")(x)
+
+
+JitBlock = nn.jit(Block)
+
+
+class Repeated(nn.Module):
+    """Equal blocks, which nn.jit takes for one."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        return JitBlock(dtype=self.dtype, name="second")(JitBlock(dtype=self.dtype, name="first")(x))
+
+
+class Recurrent(nn.Module):
+    """A cell made of ordinary layers, scanned over time."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        carry = jnp.zeros((len(x), 4), self.dtype or x.dtype)
+        return nn.RNN(nn.SimpleCell(4, dtype=self.dtype), name="rnn")(x, initial_carry=carry)
 
 
 class Tokens(nn.Module):
@@ -226,6 +250,7 @@ CASES: dict[str, Case] = {
     "dense": Case(functools.partial(nn.Dense, 6), (2, 4, 8), {"": 4}),
     "dense_no_bias": Case(functools.partial(nn.Dense, 9, use_bias=False), (2, 8), {"": 1}),
     "conv_1d": Case(conv(4, (3,), strides=2), SEQUENCE, {"": 4}),
+    "conv_1d_integer": Case(conv(4, 3), SEQUENCE, {"": 7}),
     "conv_1d_causal": Case(conv(4, (3,), padding="CAUSAL", kernel_dilation=2), SEQUENCE, {"": 7}),
     "conv_2d": Case(conv(5, (3, 3)), IMAGE, {"": 36}),
     "conv_2d_pointwise": Case(conv(5, (1, 1), strides=(2, 2)), IMAGE, {"": 9}),
@@ -250,6 +275,13 @@ CASES: dict[str, Case] = {
     "method": Case(Setup, (2, 5), {"encode_layer": 1, "shared": 1}, kwargs={"method": "encode"}),
     "remat": Case(wrapped(nn.remat), (2, 4, 6), {"block/up": 4, "block/down": 4}),
     "jit": Case(wrapped(nn.jit), (2, 4, 6), {"block/up": 4, "block/down": 4}),
+    "jit_itself": Case(JitBlock, (2, 4, 6), {"up": 4, "down": 4}),
+    "jit_repeated": Case(
+        Repeated,
+        (2, 4, 6),
+        {"first/up": 4, "first/down": 4, "second/up": 4, "second/down": 4},
+    ),
+    "rnn": Case(Recurrent, (2, 5, 3), {"SimpleCell_0/i": 5, "SimpleCell_0/h": 5}),
     "nested": Case(
         wrapped(nn.remat, depth=2),
         (2, 4, 6),
@@ -291,13 +323,6 @@ CASES: dict[str, Case] = {
         args=(False,),
         collections=("params", "batch_stats"),
     ),
-    "trained_keyword": Case(
-        Trained,
-        (2, 6, 6, 3),
-        {"conv": 36, "conv_1": 9, "head": 1},
-        kwargs={"train": False},
-        collections=("params", "batch_stats"),
-    ),
     "refused": Case(
         Refused,
         (2, 6, 4),
@@ -313,7 +338,8 @@ CASES: dict[str, Case] = {
             "spectral": "computed by SpectralNorm",
             "batched": "batch_dims",
             "standardized": "StandardizedConv is not a type",
-        },
+        }
+        | {f"OptimizedLSTMCell_0/{a}{b}": "DenseParams is not a type" for a in "ih" for b in "ifgo"},
         collections=("params", "sn"),
     ),
 }
