@@ -158,11 +158,11 @@ def split_layers(
     return low
 
 
-def factorize_batch_stats(batch_stats: Params, plan: FactorizationPlan) -> dict[str, Any]:
+def factorize_batch_stats(batch_stats: Params | None, plan: FactorizationPlan) -> dict[str, Any]:
     """The model's ``batch_stats`` with those of the plan's extra batch norms added (mean 0, variance 1).
 
     Args:
-      batch_stats: the full-rank model's (not changed); ``{}`` if it has none.
+      batch_stats: the full-rank model's (not changed); ``{}`` or ``None`` if it has none.
       plan: made for this model.
 
     Returns:
@@ -170,7 +170,7 @@ def factorize_batch_stats(batch_stats: Params, plan: FactorizationPlan) -> dict[
     """
     if not plan.extra_batch_norm:
         return _copy(batch_stats)
-    return _add_extra_norms(batch_stats, plan, {"mean": jnp.zeros, "var": jnp.ones})
+    return _add_extra_norms(batch_stats or {}, plan, {"mean": jnp.zeros, "var": jnp.ones})
 
 
 @functools.partial(jax.jit, static_argnames="plan")

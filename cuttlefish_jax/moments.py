@@ -19,6 +19,7 @@ from optax import MaskedNode
 
 from cuttlefish_jax.factorize import factor_matrices, shape_factors, split_layers
 from cuttlefish_jax.kernels import subtree
+from cuttlefish_jax.matrices import map_matrices
 from cuttlefish_jax.plan import FactorizationPlan
 
 Params = Mapping[str, Any]
@@ -27,17 +28,20 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def project_momentum(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps a tree that is linear in the gradient: ``M -> (M V^T, U^T M)``; exact for frozen factors."""
-    return _project(tree, params_low, plan, _momentum)
+    return _project(tree, factor_matrices(params_low, plan), plan, _momentum)
 
 
 def project_second_moment(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps a mean of squared gradients: ``S -> (S (V^2)^T, (U^2)^T S)``; gradients taken as uncorrelated."""
-    return _project(tree, params_low, plan, _second_moment)
+    return _project(tree, factor_matrices(params_low, plan), plan, _second_moment)
 
 
 def project_average(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps an average of params, ``W -> (W V^+, V)``: the nearest product that has the params' own ``V``."""
-    return _project(tree, params_low, plan, _average)
+    rows = {path: v for path, (_, v) in factor_matrices(params_low, plan).items()}
+    inverses = _pseudo_inverses(tuple(rows.values()))
+    pairs = dict(zip(rows, zip(inverses, rows.values(), strict=True), strict=True))
+    return _project(tree, pairs, plan, _average)
 
 
 def _momentum(w, u, v):
@@ -48,16 +52,24 @@ def _second_moment(w, u, v):
     return _matmul(w, jnp.square(v).mT), _matmul(jnp.square(u).mT, w)
 
 
-def _average(w, u, v):
+def _average(w, inverse, v):
+    return _matmul(w, inverse), v
+
+
+@jax.jit
+def _pseudo_inverses(rows):
+    """``V^+`` of every ``V``."""
+    rows = [v.astype(jnp.float32) for v in rows]
     # Rows of V that stand for vanishing singular values, or were rounded to bfloat16, are not orthogonal.
-    inverse = jnp.linalg.pinv(_matmul(v, v.mT), rtol=1e-6, hermitian=True)
-    return _matmul(_matmul(w, v.mT), inverse), v
+    invert = functools.partial(jnp.linalg.pinv, rtol=1e-6, hermitian=True)
+    inverses = map_matrices(invert, [_matmul(v, v.mT) for v in rows])
+    return [_matmul(v.mT, inverse) for v, inverse in zip(rows, inverses, strict=True)]
 
 
-def _project(tree: Params, params_low: Params, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
+def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
     leaves = {path: subtree(tree, path)["kernel"] for path in plan.ranks}
     present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
-    halves = _split_all(present, factor_matrices(params_low, plan), plan, split)
+    halves = _split_all(present, factors, plan, split)
     return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))
 
 
