@@ -7,9 +7,9 @@
 The four take turns in every repeat, after a call that compiles, and the medians are reported. A second table
 has the errors of ``lanczos`` over many random matrices::
 
-    python benchmarks/rank_estimation.py [--repeats 5] [--only resnet18] [--run runs/NAME] [--json FILE]
+    python benchmarks/rank_estimation.py [--repeats 3] [--only resnet18] [--run runs/NAME] [--json FILE]
 
-About five minutes on two CPU cores. Weights are Gaussian, as at initialisation, or trained-like: singular
+About ten minutes on two CPU cores, most of them in svdvals. Weights are Gaussian, as at initialisation, or trained-like: singular
 values falling as 1/i with random singular vectors. With ``--run``, also those in the last checkpoint of a
 full-rank run of train.py.
 """
@@ -21,6 +21,7 @@ import functools
 import json
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,7 @@ def measure(
     network: str, weights: str, kernels: dict[str, Kernel], host: dict[str, np.ndarray], repeats: int
 ) -> list[dict[str, Any]]:
     """One row for each method."""
+    print(f"{network}, {weights} weights ...", file=sys.stderr, flush=True)
     nested = {tuple(path.split("/")): {"kernel": jnp.asarray(kernel)} for path, kernel in host.items()}
     params = traverse_util.unflatten_dict(nested)
     truth = reference(host, kernels)
@@ -185,7 +187,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each method (default 5)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each method (default 3)")
     parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
     parser.add_argument("--run", type=pathlib.Path, help="the workdir of a full-rank run")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
