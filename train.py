@@ -48,7 +48,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
         sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.ERROR  # orbax and tfds tell of every step they take
+        flags.FLAGS.verbosity = logging.WARNING  # orbax tells of every step it takes
     return args
 
 
