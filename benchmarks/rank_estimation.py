@@ -9,9 +9,9 @@ has the errors of ``lanczos`` over many random matrices::
 
     python benchmarks/rank_estimation.py [--repeats 3] [--only resnet18] [--run runs/NAME] [--json FILE]
 
-About ten minutes on two CPU cores, most of them in svdvals. Weights are Gaussian, as at initialisation, or trained-like: singular
-values falling as 1/i with random singular vectors. With ``--run``, also those in the last checkpoint of a
-full-rank run of train.py.
+About ten minutes on two CPU cores, most of them in svdvals. Weights are Gaussian, as at initialisation, or
+trained-like: singular values falling as 1/i with random singular vectors. With ``--run``, also those in the
+last checkpoint of a full-rank run of train.py.
 """
 
 from __future__ import annotations
