@@ -1,13 +1,8 @@
 """Checkpoints come back bit for bit, or not at all."""
 
-import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import jax
@@ -15,50 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checkpoint_tools import assert_same_bits, make_state, names, restore, save_all
 
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.errors import CheckpointError, StorageError, UserError
-
-
-def make_state(seed, *, width=8):
-    """A tree with everything that a training state has: odd dtypes, odd values, keys, empty parts."""
-    key = jax.random.key(seed)
-    params = {"dense": {"kernel": jax.random.normal(key, (5, width)), "bias": jnp.zeros(width)}}
-    return {
-        "params": params,
-        "optimizer": optax.adam(0.1).init(params),
-        "half": jnp.asarray([1.5, -0.0, jnp.inf, jnp.nan], jnp.bfloat16),
-        "flags": jnp.asarray([True, False]),
-        "empty": jnp.zeros((0, 3)),
-        "rng": jax.random.split(jax.random.key(seed + 1), 2),
-        "step": seed,
-    }
-
-
-def plain(tree):
-    is_key = lambda x: hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else jnp.asarray(x)), tree)
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, e in zip(jax.tree.leaves(plain(actual)), jax.tree.leaves(plain(expected)), strict=True):
-        assert (a.dtype, a.shape, a.tobytes()) == (e.dtype, e.shape, e.tobytes())
-
-
-def save_all(directory, steps, *, keep=2):
-    with Checkpointer(directory, keep=keep) as checkpointer:
-        for step in steps:
-            checkpointer.save(step, make_state(step), {"epoch": step})
-
-
-def restore(directory):
-    with Checkpointer(directory) as checkpointer:
-        return checkpointer.restore()
-
-
-def names(directory):
-    return sorted(os.listdir(directory))
+from cuttlefish_jax.training.errors import CheckpointError
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):
@@ -294,148 +249,3 @@ def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
     ):
         restore(tmp_path)
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
-
-
-def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
-    (tmp_path / "file").write_text("")
-    with Checkpointer(tmp_path / "file" / "checkpoints") as checkpointer:
-        with pytest.raises(
-            StorageError, match=r"cannot save a checkpoint in .*file/checkpoints: .*--workdir"
-        ):
-            checkpointer.save(1, make_state(1), {})
-        with pytest.raises(StorageError, match="cannot read"):
-            checkpointer.restore()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-@pytest.mark.parametrize("free", [0, 100_000, 900_000])
-def test_a_full_disk_is_the_users_to_mend_and_leaves_earlier_checkpoints(small_disk, free):
-    """However early or late in the save the disk runs full."""
-    state = {"noise": jax.random.normal(jax.random.key(0), (250_000,))}
-    directory = small_disk / "checkpoints"
-    checkpointer = Checkpointer(directory)
-    checkpointer.save(1, state, {"epoch": 1})
-    checkpointer.wait()
-    ballast = small_disk / "ballast"
-    space = os.statvfs(small_disk)
-    ballast.write_bytes(bytes(space.f_bavail * space.f_bsize - free))
-    with pytest.raises(
-        StorageError, match=rf"cannot save a checkpoint in {directory}: no space left .*--workdir"
-    ):
-        checkpointer.save(2, state, {"epoch": 2})
-        checkpointer.wait()
-    checkpointer.close()
-    restored = restore(directory)
-    assert restored.step == 1
-    assert_same_bits(restored.into(state), state)
-    # With space again, the same save works and nothing of the failed one is left.
-    ballast.unlink()
-    with Checkpointer(directory) as again:
-        again.save(2, state, {"epoch": 2})
-    assert names(directory) == ["1", "2"]
-    assert restore(directory).step == 2
-
-
-def test_a_read_only_disk_is_the_users_to_mend(small_disk):
-    save_all(small_disk / "checkpoints", [1])
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with Checkpointer(small_disk / "checkpoints") as checkpointer:
-        assert checkpointer.restore().step == 1
-        with pytest.raises(UserError, match="permission denied"):
-            checkpointer.save(2, make_state(2), {})
-            checkpointer.wait()
-
-
-_SAVE_FOR_EVER = """
-    import sys, itertools, jax
-    from cuttlefish_jax.training.checkpoint import Checkpointer
-    state = {"noise": jax.random.normal(jax.random.key(0), (3_000_000,))}
-    with Checkpointer(sys.argv[1]) as checkpointer:
-        first = checkpointer.restore()
-        for step in itertools.count(first.step + 1 if first else 0):
-            checkpointer.save(step, state, {"epoch": step})
-            print(step, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path, caplog):
-    expected = {"noise": jax.random.normal(jax.random.key(0), (3_000_000,))}
-    last = -1
-    for delay in (0.0, 0.03, 0.1):
-        command = [sys.executable, "-c", textwrap.dedent(_SAVE_FOR_EVER), str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for _ in range(3):
-                announced = int(process.stdout.readline())
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        restored = restore(tmp_path)
-        # Every save but the one in progress was whole when the next was announced.
-        assert restored.step >= announced - 1 > last
-        assert_same_bits(restored.into(expected), expected)
-        last = restored.step
-    assert not caplog.records
-
-
-_TWO_HOSTS = """
-    import json, sys, jax, numpy as np
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[2]))
-    from cuttlefish_jax.training.checkpoint import Checkpointer
-    mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    values = np.arange(1000, dtype=np.float32)
-    make = jax.jit(lambda: {"kernel": jax.numpy.arange(1000.0)}, out_shardings=replicated)
-    with Checkpointer(sys.argv[1], keep=3) as checkpointer:
-        for step in (1, 2, 3):
-            checkpointer.save(step, make(), {"epoch": step})
-        checkpointer.wait()
-        jax.experimental.multihost_utils.sync_global_devices("damage")
-        if jax.process_index() == 0:
-            open(f"{sys.argv[1]}/3/record/metadata", "w").close()
-        jax.experimental.multihost_utils.sync_global_devices("damaged")
-        restored = checkpointer.restore()
-        kernel = restored.into(jax.eval_shape(make))["kernel"]
-        checkpointer.save(3, make(), {"epoch": 3})
-        checkpointer.wait()
-        again = checkpointer.restore()
-        print(json.dumps([restored.step, bool((kernel == values).all()), again.step]))
-"""
-
-
-@pytest.mark.slow
-def test_two_hosts_save_one_checkpoint_and_agree_on_what_is_whole(tmp_path, unused_port):
-    command = [sys.executable, "-c", textwrap.dedent(_TWO_HOSTS), str(tmp_path)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    hosts = [
-        subprocess.Popen(
-            [*command, str(i), str(unused_port)], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        for i in range(2)
-    ]
-    for host in hosts:
-        output, _ = host.communicate(timeout=120)
-        assert json.loads(output.splitlines()[-1]) == [2, True, 3]
-    assert names(tmp_path) == ["1", "2", "3"]
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]

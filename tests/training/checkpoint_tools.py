@@ -1,0 +1,49 @@
+"""What the tests of checkpoints share: a state of everything, and saving and restoring it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cuttlefish_jax.training.checkpoint import Checkpointer
+
+
+def make_state(seed, *, width=8):
+    """A tree with everything that a training state has: odd dtypes, odd values, keys, empty parts."""
+    key = jax.random.key(seed)
+    params = {"dense": {"kernel": jax.random.normal(key, (5, width)), "bias": jnp.zeros(width)}}
+    return {
+        "params": params,
+        "optimizer": optax.adam(0.1).init(params),
+        "half": jnp.asarray([1.5, -0.0, jnp.inf, jnp.nan], jnp.bfloat16),
+        "flags": jnp.asarray([True, False]),
+        "empty": jnp.zeros((0, 3)),
+        "rng": jax.random.split(jax.random.key(seed + 1), 2),
+        "step": seed,
+    }
+
+
+def plain(tree):
+    is_key = lambda x: hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else jnp.asarray(x)), tree)
+
+
+def assert_same_bits(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(plain(actual)), jax.tree.leaves(plain(expected)), strict=True):
+        assert (a.dtype, a.shape, a.tobytes()) == (e.dtype, e.shape, e.tobytes())
+
+
+def save_all(directory, steps, *, keep=2):
+    with Checkpointer(directory, keep=keep) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(step), {"epoch": step})
+
+
+def restore(directory):
+    with Checkpointer(directory) as checkpointer:
+        return checkpointer.restore()
+
+
+def names(directory):
+    return sorted(os.listdir(directory))
