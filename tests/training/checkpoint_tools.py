@@ -1,5 +1,7 @@
 """What the tests of checkpoints share: a state of everything, and saving and restoring it."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
