@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from checkpoint_tools import assert_same_bits, make_state, names, restore, save_
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import StorageError, UserError
 
+SMALL_DISK = "4m"  # the size of the fixture of that name
+
 
 def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("")
@@ -26,20 +27,6 @@ def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
             checkpointer.save(1, make_state(1), {})
         with pytest.raises(StorageError, match="cannot read"):
             checkpointer.restore()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("free", [0, 100_000, 900_000])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import pytest
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.errors import StorageError, WorkdirError
 from cuttlefish_jax.training.workdir import Workdir
+
+SMALL_DISK = "64k"  # the size of the fixture of that name
 
 
 @pytest.fixture
@@ -172,20 +173,6 @@ def test_a_path_that_is_a_file_is_the_users_to_mend(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(StorageError, match=r"is a file, not a directory\. Give another --workdir"):
             Workdir(path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_full_disk_leaves_what_was_there(small_disk):
