@@ -162,7 +162,7 @@ def _how_to_prepare(name: str, data_dir: str, found: str) -> str:
     # Not `tfds build`: that command also needs apache-beam.
     where = f", data_dir={data_dir!r}" if data_dir else ""
     return (
-        f"data set {name!r} is {found}. Prepare it once: pip install 'cuttlefish-jax[prepare]' && "
+        f"data set {name!r} is {found}. Prepare it once: pip install -e '.[prepare]' && "
         f'python -c "import tensorflow_datasets as tfds; tfds.data_source({name!r}{where})"'
     )
 
