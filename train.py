@@ -46,9 +46,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         args = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
-        # The text of a KeyError is quoted, with its line breaks escaped; its argument is not.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(message).split())}"))
+        sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # orbax tells of every step it takes
     return args

@@ -105,7 +105,7 @@ def test_records_one_by_one_at_once_and_pickled_are_the_same(prepared):
 def test_data_that_is_not_prepared_says_how_to_prepare_it(name, tmp_path):
     tfds_name = "svhn_cropped" if name == "svhn" else name
     command = f"tfds.data_source('{tfds_name}', data_dir='{tmp_path}')"
-    with pytest.raises(DatasetNotPreparedError, match=r"pip install 'cuttlefish-jax\[prepare\]'") as error:
+    with pytest.raises(DatasetNotPreparedError, match=r"pip install -e '\.\[prepare\]'") as error:
         load_dataset(data_config(name, data_dir=str(tmp_path)))
     assert command in str(error.value)
     assert "\n" not in str(error.value)
