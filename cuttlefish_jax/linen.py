@@ -267,12 +267,20 @@ def _boxed(init: Callable) -> Callable:
     return lambda *args, **kwargs: _Stacked(meta.unbox(init(*args, **kwargs)))
 
 
-@find_kernels.register
-def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernels:
-    found = _Findings()
+def trace(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], intercept: Callable
+) -> tuple[Any, Any]:
+    """The traced program of the model's ``init``, and its params: shapes alone, nothing is computed.
+
+    Args:
+      model: a module without a parent.
+      inputs: arrays or ``jax.ShapeDtypeStruct``, and whatever else it is called with.
+      kwargs: the same; ``method`` is one of the model's.
+      intercept: for ``nn.intercept_methods``.
+    """
     # Flags (train=False) and the method must stay Python values; only arrays are traced.
     leaves, treedef = jax.tree.flatten((inputs, kwargs))
-    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
     def run(*arrays: Any) -> Any:
         filled = {**dict(enumerate(leaves)), **dict(zip(traced, arrays, strict=True))}
@@ -281,15 +289,28 @@ def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernel
         init = core.init(
             lambda scope: method(model.clone(parent=scope), *args, **options), flags={_FLAG: _Unique()}
         )
-        with nn.intercept_methods(found.intercept):
+        with nn.intercept_methods(intercept):
             output, variables = init({"params": jax.random.key(0)})
         # With the output, lest JAX drops from the program what nothing depends on.
         outputs = [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
         return outputs, variables.get("params", {})
 
     jaxpr, (_, params) = jax.make_jaxpr(run, return_shape=True)(*(leaves[i] for i in traced))
-    batch = leaves[traced[0]].shape[0] if traced and leaves[traced[0]].ndim else 1
-    elements = count_marked(jaxpr.jaxpr)
+    return jaxpr.jaxpr, params
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether ``leaf`` is an array or the shape and dtype of one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+@find_kernels.register
+def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernels:
+    found = _Findings()
+    jaxpr, params = trace(model, inputs, kwargs, found.intercept)
+    arrays = [leaf for leaf in jax.tree.leaves((inputs, kwargs)) if is_array(leaf)]
+    batch = arrays[0].shape[0] if arrays and arrays[0].ndim else 1
+    elements = count_marked(jaxpr)
     entries = []
     for path, layer in found.layers.items():
         box = subtree(params, f"{path}/{_PROBE}".lstrip("/"))["kernel"]
