@@ -1,12 +1,15 @@
 """Automatic low-rank training for JAX and Flax (Cuttlefish, Wang et al., MLSys 2023)."""
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
+from cuttlefish_jax import linen_layers as _linen_layers  # noqa: F401 (the same, for profiling)
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
 from cuttlefish_jax.flops import count_flops
+from cuttlefish_jax.kernel_profile import KernelProfile
 from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels
 from cuttlefish_jax.plan import FactorizationPlan, Rule, gaussian_scale, make_plan
+from cuttlefish_jax.profiling import profile_kernels
 from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
 from cuttlefish_jax.switch import carry_opt_state, switch
 from cuttlefish_jax.tracker import RankTracker
@@ -18,6 +21,7 @@ __all__ = [
     "Criterion",
     "FactorizationPlan",
     "Kernel",
+    "KernelProfile",
     "Kernels",
     "Never",
     "RankTracker",
@@ -35,6 +39,7 @@ __all__ = [
     "gaussian_scale",
     "make_plan",
     "merge_params",
+    "profile_kernels",
     "singular_values",
     "stable_ranks",
     "switch",
