@@ -8,8 +8,19 @@ from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize
 from cuttlefish_jax.flops import count_flops
 from cuttlefish_jax.kernel_profile import KernelProfile
 from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels
-from cuttlefish_jax.plan import FactorizationPlan, Rule, gaussian_scale, make_plan
+from cuttlefish_jax.measured import Measured
+from cuttlefish_jax.plan import FactorizationPlan, Rule, make_plan
 from cuttlefish_jax.profiling import profile_kernels
+from cuttlefish_jax.rank_rules import (
+    AccumulativeRank,
+    EnergyRank,
+    LargestOf,
+    RankRatio,
+    RankRule,
+    ScaledStableRank,
+    StableRank,
+    gaussian_scale,
+)
 from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
 from cuttlefish_jax.switch import carry_opt_state, switch
 from cuttlefish_jax.tracker import RankTracker
@@ -17,17 +28,25 @@ from cuttlefish_jax.tracker import RankTracker
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulativeRank",
     "AtEpoch",
     "Criterion",
+    "EnergyRank",
     "FactorizationPlan",
     "Kernel",
     "KernelProfile",
     "Kernels",
+    "LargestOf",
+    "Measured",
     "Never",
+    "RankRatio",
+    "RankRule",
     "RankTracker",
     "ReferencePlateau",
     "RelativePlateau",
     "Rule",
+    "ScaledStableRank",
+    "StableRank",
     "accumulative_ranks",
     "carry_opt_state",
     "count_flops",

@@ -155,11 +155,14 @@ class Kernels(Mapping[str, Kernel]):
       skipped_entries: ``(path, reason)`` of every other layer with a kernel, and every other parameter of two
         or more axes (stack axes and biases not counted).
       num_params: parameters of the whole model, the skipped and one-dimensional ones included.
+      embedding_first: whether an embedding is called before the first of these kernels: then it, and none of
+        them, is the model's first layer.
     """
 
     entries: tuple[Kernel, ...]
     skipped_entries: tuple[tuple[str, str], ...] = ()
     num_params: int = 0
+    embedding_first: bool = False
 
     @functools.cached_property
     def _by_path(self) -> dict[str, Kernel]:

@@ -231,6 +231,7 @@ class _Findings:
     owners: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> type name of any module
     ndims: dict[str, int] = dataclasses.field(default_factory=dict)  # param -> its axes, in one copy
     wrappers: list[str] = dataclasses.field(default_factory=list)  # reparameterising modules now running
+    embedding_first: bool = False  # an embedding ran before any of the layers
 
     def intercept(self, next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext):
         layer = context.module
@@ -241,6 +242,8 @@ class _Findings:
         is_wrapper = isinstance(layer, _REPARAMETERISED)
         if is_wrapper:
             self.wrappers.append(type(layer).__name__)
+        if isinstance(layer, nn.Embed) and context.method_name == "__call__" and not self.layers:
+            self.embedding_first = True
         result = next_fun(*args, **kwargs)
         if is_wrapper:
             self.wrappers.pop()
@@ -320,6 +323,7 @@ def _find_kernels_linen(model: nn.Module, *inputs: Any, **kwargs: Any) -> Kernel
         entries=tuple(entries),
         skipped_entries=tuple(dict(_skipped(own, found)).items()),
         num_params=sum(leaf.size for leaf in own.values()),
+        embedding_first=found.embedding_first,
     )
 
 

@@ -1,4 +1,4 @@
-"""From stable ranks to a factorization plan: which layers become two factors, at what rank, and why not."""
+"""From measurements to a factorization plan: which layers become two factors, at what rank, and why not."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, Kernels
+from cuttlefish_jax.measured import Measured, measure
 from cuttlefish_jax.plan_json import read_plan, write_plan
 from cuttlefish_jax.plan_report import plan_table
+from cuttlefish_jax.rank_rules import RankRatio, RankRule, ScaledStableRank, check_rank_rule, round_up
 
-# A product that is a whole number up to the rounding of float32 is that number: 1.0 x R is R.
-_ROUNDING = 1e-6
+if TYPE_CHECKING:
+    from cuttlefish_jax.kernel_profile import KernelProfile
+
 _SHORTCUT_NAMES = ("shortcut", "downsample", "proj", "skip", "residual")
 
 
@@ -128,8 +131,8 @@ class Rule:
     """What to do with the layers whose path matches a pattern.
 
     Rules are tried in order, before the defaults (first and last layer and shortcuts are kept); the first
-    whose pattern matches a layer decides. A rule without options factorizes the layer at the rank that
-    its stable rank gives, also where the defaults would keep it.
+    whose pattern matches a layer decides. A rule without options factorizes the layer at the rank that the
+    plan's rank rule gives, also where the defaults, or a profile, would keep it.
 
     Attributes:
       pattern: a shell-style pattern (``*`` also crosses ``/``), e.g. ``"stage1/*"``.
@@ -160,35 +163,46 @@ class Rule:
 
 def make_plan(
     kernels: Kernels,
-    ranks_t: Mapping[str, Any],
+    ranks_t: Mapping[str, Any] | None = None,
     ranks_0: Mapping[str, Any] | None = None,
     *,
+    singular_values: Mapping[str, Any] | None = None,
+    rank_rule: RankRule = ScaledStableRank(),  # noqa: B008 (frozen)
     rules: Sequence[Rule] = (),
+    profile: KernelProfile | None = None,
+    min_speedup: float = 1.5,
     round_to: int = 1,
     min_rank_ratio: float = 0.0,
     extra_batch_norm: bool = False,
 ) -> FactorizationPlan:
-    r"""Chooses the layers to factorize, and their ranks, from stable ranks.
+    r"""Chooses the layers to factorize, and their ranks.
 
-    The rank is the scaled stable rank, :math:`r = \lceil \xi \, sr(W_t) \rceil` with
-    :math:`\xi = \min(m, n) / sr(W_0)`, in ``[1, min(m, n)]`` (Cuttlefish, Wang et al., MLSys 2023). Where
-    ``ranks_0`` is not given, or zero (a kernel initialised to zeros), :math:`\xi` is that of a Gaussian
-    matrix of the same shape, :func:`gaussian_scale`. Layers stacked by ``scan`` or ``vmap`` share one
-    rank, their largest. The first and the last layer and 1x1 shortcut convolutions are kept, unless a
-    rule matches them; so is every layer that would not get smaller.
+    The rank is the one that ``rank_rule`` gives, in ``[1, min(m, n)]``: by default the scaled stable rank,
+    :math:`r = \lceil \xi \, sr(W_t) \rceil` with :math:`\xi = \min(m, n) / sr(W_0)` (Cuttlefish, Wang et al.,
+    MLSys 2023). Layers stacked by ``scan`` or ``vmap`` share one rank, their largest.
+
+    Kept full-rank, unless one of ``rules`` matches them, are the first layer (behind an embedding, that is
+    the embedding, and no kernel), the last one and 1x1 shortcut convolutions, and with a ``profile`` every
+    layer that would not get faster. A kernel of zeros is kept unless a rule gives it a rank: its factors
+    would hardly move from zero. A layer that would not get smaller is kept in any case.
 
     Args:
       kernels: what :func:`cuttlefish_jax.find_kernels` returned.
-      ranks_t: ``{path: stable rank}`` now, a scalar or ``[*stack]``.
+      ranks_t: ``{path: stable rank}`` now, a scalar or ``[*stack]``; not needed by every ``rank_rule``.
       ranks_0: the same at the random initialisation; ``None`` for pre-trained weights.
+      singular_values: ``{path: f[*stack, min(m, n)]}`` now, what :func:`cuttlefish_jax.singular_values`
+        returned; for the rank rules that look at them.
+      rank_rule: how ranks are chosen.
       rules: exceptions, tried in order.
+      profile: measured speed-ups, what :func:`cuttlefish_jax.profile_kernels` returned.
+      min_speedup: with a profile, the layers of a stack are kept if it gets less than this many times faster.
       round_to: ranks are rounded up to a multiple of this (at most to ``min(m, n)``).
       min_rank_ratio: lower bound of every rank, as a share of ``min(m, n)``.
       extra_batch_norm: put a batch norm between the factors.
 
     Raises:
-      ValueError: for a rule that matches nothing, a fixed rank out of bounds, a stable rank that is
-        missing or not finite.
+      ValueError: for a rule that matches nothing, a fixed rank out of bounds, a measurement that the rank
+        rule needs and that is missing, or that is not finite, a profile of another model.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -196,31 +210,47 @@ def make_plan(
       >>> kernels = cf.find_kernels(model, x)
       >>> cf.make_plan(kernels, {path: 5.0 for path in kernels}).ranks
       {'layers_1': 20}
+      >>> cf.make_plan(kernels, rank_rule=cf.RankRatio(0.25), rules=[cf.Rule("layers_2")]).ranks
+      {'layers_1': 16, 'layers_2': 16}
     """
     if round_to < 1:
         raise ValueError(f"round_to {round_to} is below 1")
     if not 0 <= min_rank_ratio <= 1:
         raise ValueError(f"min_rank_ratio {min_rank_ratio} is not in [0, 1]")
+    if not 0 <= min_speedup < math.inf:
+        raise ValueError(f"min_speedup {min_speedup} is not a number >= 0")
+    check_rank_rule(rank_rule)
     _check_rules(rules, kernels)
+    if profile is not None:
+        profile.check(kernels)
+
     ranks: list[tuple[str, int]] = []
     kept: list[tuple[str, str]] = []
     defaults = _default_reasons(kernels)
     for path, kernel in kernels.items():
         rule = next((rule for rule in rules if rule.matches(path)), None)
-        reason = f"rule {rule.pattern!r}" if rule and rule.keep else None
         if rule is None:
-            reason = defaults.get(path)
+            reason = defaults.get(path) or _slow_stack(profile, path, min_speedup)
+        else:
+            reason = f"rule {rule.pattern!r}" if rule.keep else None
+        rank = 0
+        if reason is None and (rank := _fixed_rank(rule, kernel)) == 0:
+            measured = measure(kernel, rank_rule, ranks_t, ranks_0, singular_values)
+            reason = _zero_kernel(measured)
+            rank = 0 if reason else rank_rule.rank(measured)
         if reason is None:
-            floor = rule.min_rank_ratio if rule and rule.min_rank_ratio is not None else min_rank_ratio
-            rank = _wanted_rank(kernel, rule, ranks_t, ranks_0)
             if rule is None or rule.rank is None:
-                rank = max(rank, math.ceil(floor * kernel.max_rank * (1 - _ROUNDING)))
+                floor = rule.min_rank_ratio if rule and rule.min_rank_ratio is not None else min_rank_ratio
+                rank = max(1, rank, round_up(floor * kernel.max_rank))
                 rank = min(kernel.max_rank, round_to * math.ceil(rank / round_to))
-            if _num_params_low(kernel, rank, extra_batch_norm) < kernel.num_params():
-                ranks.append((path, rank))
-                continue
-            reason = f"rank {rank} of {kernel.max_rank} would not make it smaller"
-        kept.append((path, reason))
+            if _num_params_low(kernel, rank, extra_batch_norm) >= kernel.num_params():
+                reason = f"rank {rank} of {kernel.max_rank} would not make it smaller"
+            elif rule is None:
+                reason = _slow_layer(profile, path, rank)
+        if reason is None:
+            ranks.append((path, rank))
+        else:
+            kept.append((path, reason))
     return FactorizationPlan(
         kernels=kernels,
         rank_entries=tuple(ranks),
@@ -229,50 +259,49 @@ def make_plan(
     )
 
 
-def gaussian_scale(m: int, n: int) -> float:
-    r"""The scale :math:`\xi = \min(m, n) / sr(W_0)` of an ``m x n`` Gaussian matrix.
+def _fixed_rank(rule: Rule | None, kernel: Kernel) -> int:
+    """The rank that a rule fixes, 0 if it leaves it to the rank rule."""
+    if rule and rule.rank is not None:
+        return _check_rank(rule.rank, kernel)
+    if rule and rule.rank_ratio is not None:
+        return RankRatio(rule.rank_ratio).rank(Measured(kernel=kernel))
+    return 0
 
-    :math:`(1 + \sqrt{\min(m, n) / \max(m, n)})^2` in the limit of large matrices (Marchenko-Pastur).
 
-    Example:
-      >>> gaussian_scale(64, 64)
-      4.0
-    """
-    return (1 + math.sqrt(min(m, n) / max(m, n))) ** 2
+def _zero_kernel(measured: Measured) -> str | None:
+    zeros, copies = measured.zero_copies, math.prod(measured.kernel.stack_shape)
+    if zeros == 0:
+        return None
+    return "its kernel is zero" + (f" in {zeros} of {copies} copies" if zeros < copies else "")
+
+
+def _slow_stack(profile: KernelProfile | None, path: str, min_speedup: float) -> str | None:
+    if profile is None:
+        return None
+    try:
+        stack = profile.stack_of(path)
+    except KeyError as error:
+        raise ValueError(f"the profile has no {path!r}: time that layer too, or give it a rule") from error
+    if (speedup := profile[stack]) >= min_speedup:
+        return None
+    gets = f"stack {stack!r} gets only {_times(speedup)} faster at ratio {profile.ratio:g}"
+    return f"{gets}, less than {min_speedup:g}x"
+
+
+def _slow_layer(profile: KernelProfile | None, path: str, rank: int) -> str | None:
+    if profile is None or (speedup := profile.predicted_speedup(path, rank)) > 1:
+        return None
+    return f"predicted {_times(speedup)} as fast at rank {rank}"
+
+
+def _times(speedup: float) -> str:
+    # Rounded down, lest what falls short of 1.5 reads as 1.50x.
+    return f"{math.floor(100 * speedup + 1e-6) / 100:.2f}x"
 
 
 def _num_params_low(kernel: Kernel, rank: int, extra_batch_norm: bool) -> int:
     norm = 2 * rank * math.prod(kernel.stack_shape) if extra_batch_norm else 0
     return kernel.num_params(rank) + norm
-
-
-def _wanted_rank(
-    kernel: Kernel, rule: Rule | None, ranks_t: Mapping[str, Any], ranks_0: Mapping[str, Any] | None
-) -> int:
-    if rule and rule.rank is not None:
-        return _check_rank(rule.rank, kernel)
-    if rule and rule.rank_ratio is not None:
-        return max(1, math.floor(kernel.max_rank * rule.rank_ratio * (1 + _ROUNDING)))
-    now = _stable_rank(ranks_t, kernel)
-    scale = np.full(now.shape, gaussian_scale(kernel.m, kernel.n))
-    if ranks_0 is not None:
-        initial = _stable_rank(ranks_0, kernel)
-        scale = np.divide(kernel.max_rank, initial, out=scale, where=initial > 0)
-    wanted = math.ceil(float(np.max(scale * now)) * (1 - _ROUNDING))
-    return min(max(wanted, 1), kernel.max_rank)
-
-
-def _stable_rank(ranks: Mapping[str, Any], kernel: Kernel) -> np.ndarray:
-    if kernel.path not in ranks:
-        raise ValueError(f"there is no stable rank for {kernel.path!r}")
-    value = np.asarray(ranks[kernel.path], np.float64)
-    if not np.all(np.isfinite(value)) or np.any(value < 0):
-        raise ValueError(f"the stable rank of {kernel.path!r} is {value}, expected a finite number >= 0")
-    if value.shape not in ((), kernel.stack_shape):
-        raise ValueError(
-            f"the stable rank of {kernel.path!r} has shape {value.shape}, expected {kernel.stack_shape}"
-        )
-    return np.broadcast_to(value, kernel.stack_shape)
 
 
 def _default_reasons(kernels: Kernels) -> dict[str, str]:
@@ -285,7 +314,8 @@ def _default_reasons(kernels: Kernels) -> dict[str, str]:
     }
     if paths:
         reasons[paths[-1]] = "last layer"
-        reasons[paths[0]] = "first layer"
+        if not kernels.embedding_first:
+            reasons[paths[0]] = "first layer"
     return reasons
 
 

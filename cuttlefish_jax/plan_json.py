@@ -24,6 +24,7 @@ def write_plan(plan: FactorizationPlan) -> str:
         "extra_batch_norm": plan.extra_batch_norm,
         "num_params_full": plan.num_params_full,
         "num_params": plan.num_params,
+        "embedding_first": plan.kernels.embedding_first,
         "kernels": [dataclasses.asdict(kernel) for kernel in plan.kernels.values()],
     }
     return json.dumps(document, indent=1)
@@ -45,6 +46,8 @@ def read_plan(text: str) -> dict[str, Any]:
             entries=entries,
             skipped_entries=_texts(document, "skipped"),
             num_params=_get(document, "num_params_full", int),
+            # Documents of version 0.1.0 do not have it.
+            embedding_first="embedding_first" in document and _get(document, "embedding_first", bool),
         ),
         rank_entries=tuple(_get(document, "ranks", dict).items()),
         kept_entries=_texts(document, "kept"),

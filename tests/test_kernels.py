@@ -73,6 +73,68 @@ def test_every_parameter_is_accounted_for(name):
     assert accounted == kernels.keys() | kernels.skipped.keys()
 
 
+class TwoTables(nn.Module):
+    """A convolution over patches and embedded positions, as in vision transformers, in either order."""
+
+    positions_first: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        table = nn.Embed(4, 6, name="positions")
+        positions = table(jnp.arange(4)) if self.positions_first else None
+        x = nn.Conv(6, (2, 2), strides=2, name="patches")(x).reshape(len(x), 4, 6)
+        x = Block(name="block")(x + (table(jnp.arange(4)) if positions is None else positions))
+        return nn.Dense(3, name="head")(x)
+
+
+class OwnTable(nn.Module):
+    """A table that is a plain parameter: no layer comes before the first one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + self.param("table", nn.initializers.normal(0.02), (5, 6))
+        return nn.Dense(3, name="head")(Block(name="block")(nn.Dense(6, name="first")(x)))
+
+
+def test_behind_an_embedding_no_kernel_is_the_first_layer():
+    for name in CASES:
+        assert prepared(name)[-1].embedding_first == (name == "tokens")
+    kernels = prepared("tokens")[-1]
+    plan = cf.make_plan(kernels, rank_rule=cf.RankRatio(0.25))
+    assert list(plan.ranks) == [f"attention/{name}" for name in ("query", "key", "value", "out")]
+    assert plan.kept == {"head": "last layer"} | kernels.skipped
+
+
+IDS_BY_A_LAYER = nn.Sequential([nn.Dense(4), lambda x: x.argmax(-1), nn.Embed(4, 6), Block()])
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "first"),
+    [
+        (TwoTables(), (2, 4, 4, 3), ["patches"]),
+        (TwoTables(positions_first=True), (2, 4, 4, 3), []),
+        (OwnTable(), (2, 5, 6), ["first"]),
+        (IDS_BY_A_LAYER, (2, 5, 6), ["layers_0"]),
+    ],
+)
+def test_an_embedding_behind_a_kernel_leaves_it_the_first_layer(model, shape, first):
+    kernels = cf.find_kernels(model, jnp.ones(shape))
+    assert kernels.embedding_first == (not first)
+    kept = cf.make_plan(kernels, rank_rule=cf.RankRatio(0.2)).kept
+    assert [path for path, reason in kept.items() if reason == "first layer"] == first
+
+
+def test_an_embedding_that_only_reads_out_is_not_the_first_layer():
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            table = nn.Embed(5, 6, name="table")
+            return table.attend(nn.Dense(6, name="in")(x)) + table(jnp.zeros(1, jnp.int32)).sum()
+
+    kernels = cf.find_kernels(Tied(), jnp.ones((2, 3)))
+    assert list(kernels) == ["in"] and not kernels.embedding_first
+
+
 @pytest.mark.parametrize("name", ["conv_2d", "tokens", "scan", "over_batch", "trained", "rnn"])
 def test_shapes_are_enough_and_the_batch_does_not_count(name):
     model, (x, *rest), _, kernels = prepared(name)

@@ -54,45 +54,9 @@ ONES = dict.fromkeys(NETWORK, 1.0)
 
 
 # --- Ranks --------------------------------------------------------------------------------------------------
-# Cuttlefish (Wang et al., MLSys 2023): R = 512, stable rank 286 at the initialisation.
-@pytest.mark.parametrize(
-    ("stable_rank", "rank"), [(1, 2), (10, 18), (14, 26), (20, 36), (57, 103), (150, 269), (286, 512)]
-)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_golden_scaled_stable_ranks(stable_rank, rank, dtype):
-    kernel = conv("conv", (3, 3), 512, 512)
-    assert single_rank(kernel, dtype(stable_rank), dtype(286)) == rank
-
-
-# Cuttlefish: a 3x3 convolution with cin = cout, a square matrix, 1:4, a joint qkv.
-@pytest.mark.parametrize(
-    ("m", "n", "scale"),
-    [(9 * 64, 64, 1.78), (64, 9 * 64, 1.78), (64, 64, 4.0), (32, 128, 2.25), (768, 2304, 2.49)],
-)
-def test_golden_scale_of_gaussian_matrices(m, n, scale):
-    assert cf.gaussian_scale(m, n) == pytest.approx(scale, abs=5e-3)
-
-
-def test_the_gaussian_scale_is_that_of_a_gaussian_matrix():
-    sigmas = np.linalg.svd(np.random.default_rng(0).standard_normal((400, 900)), compute_uv=False)
-    measured = 400 * sigmas[0] ** 2 / np.sum(sigmas**2)
-    assert cf.gaussian_scale(400, 900) == pytest.approx(measured, rel=0.03)
-
-
-@pytest.mark.parametrize("before", [None, 0.0])
-def test_without_a_stable_rank_at_the_initialisation_the_scale_is_the_gaussian_one(before):
-    assert single_rank(dense("fc", 64, 64), 5.3, before) == 22
-    assert single_rank(dense("fc", 32, 128), 5.3, before) == 12
-
-
-@pytest.mark.parametrize(("now", "rank"), [(0.0, 1), (1e-9, 1), (40.0, 64), (1e9, 64)])
+@pytest.mark.parametrize(("now", "rank"), [(1e-9, 1), (40.0, 64), (1e9, 64)])
 def test_ranks_are_between_one_and_the_full_rank(now, rank):
     assert single_rank(dense("fc", 64, 64), now, 20.0) == rank
-
-
-def test_a_matrix_at_the_stable_rank_of_its_initialisation_is_full_rank():
-    for initial in np.random.default_rng(0).uniform(1, 60, 100).astype(np.float32):
-        assert single_rank(dense("fc", 64, 64), initial, initial) == 64
 
 
 def test_round_to_rounds_up_and_not_above_the_full_rank():
@@ -175,6 +139,35 @@ def test_extra_batch_norms_count_at_break_even():
     assert cf.make_plan(kernels, ranks, rules=rules).ranks == {"fc": 5}
     plan = cf.make_plan(kernels, ranks, rules=rules, extra_batch_norm=True)
     assert plan.kept["fc"] == "rank 5 of 8 would not make it smaller"
+
+
+# --- Zeros --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank_rule", [cf.ScaledStableRank(), cf.StableRank(), cf.RankRatio()])
+def test_a_kernel_of_zeros_is_kept(rank_rule):
+    ranks = {**ONES, "stage/fc": 0.0, "blocks/fc": [1.0, 0.0, 0.0]}
+    plan = cf.make_plan(NETWORK, ranks, rank_rule=rank_rule, min_rank_ratio=0.1)
+    assert list(plan.ranks) == ["stage/conv"]
+    assert plan.kept["stage/fc"] == "its kernel is zero"
+    assert plan.kept["blocks/fc"] == "its kernel is zero in 2 of 3 copies"
+    # At the initialisation it may be zero.
+    assert "stage/fc" in cf.make_plan(NETWORK, ONES, ranks, rank_rule=rank_rule).ranks
+    rules = [cf.Rule("blocks/*", rank_ratio=0.3), cf.Rule("stage/fc", rank=2), cf.Rule("stage/conv")]
+    plan = cf.make_plan(NETWORK, {**ranks, "stage/conv": 0.0}, rank_rule=rank_rule, rules=rules)
+    assert plan.ranks == {"blocks/fc": 3, "stage/fc": 2}  # only who asks for a rank gets it
+    assert plan.kept["stage/conv"] == "its kernel is zero"
+
+
+def test_factors_of_zeros_hardly_train():
+    # Why kernels of zeros are kept: the gradient of either factor is a product with the other.
+    plan = cf.FactorizationPlan.from_ranks(Kernels((dense("fc", 4, 5),)), {"fc": 2})
+    params = cf.factorize_params({"fc": {"kernel": jnp.zeros((4, 5))}}, plan)
+
+    def loss(params):
+        return jnp.sum((params["fc"]["u"]["kernel"] @ params["fc"]["v"]["kernel"] - 1) ** 2)
+
+    assert all(np.all(np.abs(leaf) < 1e-6) for leaf in jax.tree.leaves(jax.grad(loss)(params)))
 
 
 # --- Rules --------------------------------------------------------------------------------------------------
@@ -289,7 +282,7 @@ def test_every_layer_is_either_factorized_or_kept():
     ("value", "message"),
     [
         (math.nan, "the stable rank of 'blocks/fc' is nan, expected a finite number >= 0"),
-        ([1.0, math.inf, 1.0], r"the stable rank of 'blocks/fc' is \[ 1\. inf  1\.\], expected a finite"),
+        ([1.0, math.inf, 1.0], "the stable rank of 'blocks/fc' is inf, expected a finite number >= 0"),
         (-1.0, "the stable rank of 'blocks/fc' is -1.0, expected a finite number >= 0"),
         ([1.0, 2.0], r"the stable rank of 'blocks/fc' has shape \(2,\), expected \(3,\)"),
         (np.ones((3, 1)), r"the stable rank of 'blocks/fc' has shape \(3, 1\), expected \(3,\)"),
@@ -369,7 +362,7 @@ def test_the_report_of_a_plan_that_changes_nothing_or_grows_the_model():
 
 # --- Properties ---------------------------------------------------------------------------------------------
 
-sizes, stable_rank = st.integers(1, 300), st.floats(0, 400, allow_subnormal=False)
+sizes, stable_rank = st.integers(1, 300), st.floats(1e-6, 400)
 
 
 @settings(max_examples=200, deadline=None)

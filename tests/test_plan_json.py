@@ -1,5 +1,6 @@
 """Plans as JSON: the round trip, and documents that are no plans."""
 
+import dataclasses
 import json
 import math
 
@@ -62,6 +63,19 @@ def test_round_trip(name, extra_batch_norm):
     assert read.to_json() == plan.to_json()
 
 
+def test_that_an_embedding_is_first_survives():
+    kernels = dataclasses.replace(KERNELS, embedding_first=True)
+    plan = cf.FactorizationPlan.from_ranks(kernels, {"conv": 3})
+    assert plan != PLAN
+    read = cf.FactorizationPlan.from_json(plan.to_json())
+    assert read == plan and hash(read) == hash(plan) and read.kernels.embedding_first
+
+
+def test_documents_of_version_0_1_0_do_not_say_whether_an_embedding_is_first():
+    document = {key: value for key, value in DOCUMENT.items() if key != "embedding_first"}
+    assert cf.FactorizationPlan.from_json(json.dumps(document)) == PLAN
+
+
 names = st.text(max_size=6)
 
 
@@ -119,7 +133,10 @@ def test_nan_and_infinity_are_not_json(path, constant):
     assert "is not a number" in refusal(edited(path, constant))
 
 
-@pytest.mark.parametrize("key", sorted(DOCUMENT.keys() - {"num_params"}))
+OPTIONAL = {"num_params", "embedding_first"}
+
+
+@pytest.mark.parametrize("key", sorted(DOCUMENT.keys() - OPTIONAL))
 @pytest.mark.parametrize("value", [None, "x", 1.5, -1, [[[]]], {"x": {}}, True])
 def test_wrong_types_and_missing_keys(key, value):
     if type(value) is type(DOCUMENT[key]) and key in ("num_params_full", "extra_batch_norm"):
@@ -127,6 +144,11 @@ def test_wrong_types_and_missing_keys(key, value):
     refusal(edited((key,), value))
     missing = {other: DOCUMENT[other] for other in DOCUMENT if other != key}
     assert f"there is no {key!r}" in refusal(json.dumps(missing))
+
+
+@pytest.mark.parametrize("value", [None, "x", 1, 0, 1.5, [], {}])
+def test_an_embedding_is_first_or_not(value):
+    assert "'embedding_first' is " in refusal(edited(("embedding_first",), value))
 
 
 @pytest.mark.parametrize("key", ["path", "layer", "shape", "reduction_axes", "output_axes", "stack_axes"])
