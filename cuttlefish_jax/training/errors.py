@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,6 +30,22 @@ class CheckpointError(UserError):
 
 class StorageError(UserError):
     """A disk that is full, or a directory that cannot be read or written."""
+
+
+def check_setting(key: str, value: Any, is_valid: bool, rule: str) -> None:
+    """Refuses a setting that makes no sense.
+
+    Args:
+      key: the setting's name.
+      value: what it is.
+      is_valid: whether that makes sense; an infinite number or NaN never does.
+      rule: what it must be, for the message.
+
+    Raises:
+      ConfigError: names the setting, its value and what it must be.
+    """
+    if not is_valid or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{key} = {value!r}: it must be {rule}")
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

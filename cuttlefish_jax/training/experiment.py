@@ -1,11 +1,13 @@
-"""Everything of a run that its configuration fixes: data, network, kernels, learning rate."""
+"""Everything of a run that its configuration fixes: task, network, kernels, learning rate."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
 import jax
@@ -14,13 +16,16 @@ import optax
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.models import create_model
+from cuttlefish_jax.models.pretrained import load_pretrained
 from cuttlefish_jax.training.config import Config
-from cuttlefish_jax.training.data import EvalInput, TrainInput, load_dataset, make_preprocess
+from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
-from cuttlefish_jax.training.method import check_config, plan_from_config
-from cuttlefish_jax.training.recipe import make_optimizer, make_schedule, rewarmup
+from cuttlefish_jax.training.method import check_config, make_method, plan_from_config
+from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
+from cuttlefish_jax.training.schedule import after_switch, make_schedule
 from cuttlefish_jax.training.state import TrainState, create_state
 from cuttlefish_jax.training.step import AXIS, Compiled, make_eval_step, make_train_step
+from cuttlefish_jax.training.tasks import Task, load_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +34,22 @@ class Experiment:
 
     Attributes:
       config: the configuration.
+      task: what is learnt.
       model: the full-rank network.
       kernels: its kernels.
-      candidates: paths of the kernels that may be factorized; the switch waits for their ranks alone.
-      example: shape and dtype of one preprocessed example with a batch axis.
+      profile: how much faster each kernel gets when it is factorized; None if that was not measured.
       train: training input.
-      evaluation: evaluation inputs, ``{"validation": ..., "test": ...}``.
-      preprocess: for training, with augmentation.
-      preprocess_eval: for evaluation.
+      evaluation: evaluation inputs, ``"validation"`` and ``"test"`` among them.
       schedule: learning rate of a step, before any switch.
     """
 
     config: Config
+    task: Task
     model: nn.Module
     kernels: cf.Kernels
-    candidates: tuple[str, ...]
-    example: jax.ShapeDtypeStruct
+    profile: cf.KernelProfile | None
     train: TrainInput
-    evaluation: dict[str, EvalInput]
-    preprocess: Callable[..., Any]
-    preprocess_eval: Callable[..., Any]
+    evaluation: Mapping[str, EvalInput]
     schedule: optax.Schedule
 
     @classmethod
@@ -60,59 +61,92 @@ class Experiment:
         """
         check_config(config)
         with _settings("config.data"):
-            dataset = load_dataset(config.data)
-        options = dict(config.model)
-        name = options.pop("name")
-        axis_name = AXIS if options.pop("sync_batch_norm") else None
+            task = load_task(config)
         with _settings("config.model"):
-            model = create_model(name, num_classes=dataset.num_classes, norm_axis_name=axis_name, **options)
-        example = jax.ShapeDtypeStruct(
-            (1, config.data.image_size, config.data.image_size, config.data.channels), np.float32
-        )
-        placement = dict(on_device=config.data.on_device, workers=config.data.workers)
+            model = _create_model(config.model, task)
+        data = config.data
+        placement = dict(batch_size=config.batch_size, on_device=data.on_device, workers=data.workers)
         with _settings("config.batch_size"):
-            train = TrainInput(dataset.train, batch_size=config.batch_size, seed=config.seed, **placement)
-            evaluation = {
-                split: EvalInput(source, batch_size=config.batch_size, **placement)
-                for split, source in (("validation", dataset.validation), ("test", dataset.test))
-            }
-        preprocess, preprocess_eval = make_preprocess(config.data, dataset.mean, dataset.std)
+            train = TrainInput(task.train, seed=config.seed, repeats=data.repeated_augmentation, **placement)
+            evaluation = {split: EvalInput(source, **placement) for split, source in task.evaluation.items()}
+            _check_accumulation(config)
         schedule = make_schedule(config.schedule, epochs=config.epochs, steps_per_epoch=train.steps_per_epoch)
-        make_optimizer(config.optimizer, schedule)  # for its errors, which must not wait for a phase
-        kernels = cf.find_kernels(model, example, train=False)
-        return cls(
+        with _settings("config.model"):
+            kernels = cf.find_kernels(model, *task.inputs, train=False)
+        experiment = cls(
             config=config,
+            task=task,
             model=model,
             kernels=kernels,
-            candidates=_candidates(config, kernels),
-            example=example,
+            profile=None,
             train=train,
             evaluation=evaluation,
-            preprocess=preprocess,
-            preprocess_eval=preprocess_eval,
             schedule=schedule,
         )
+        # For their errors, which must not wait for training.
+        _ = experiment.phase(), experiment.candidates, experiment.num_trained(experiment.phase())
+        return experiment
+
+    @functools.cached_property
+    def candidates(self) -> tuple[str, ...]:
+        """Paths of the kernels that may be factorized; the switch waits for their ranks alone.
+
+        Raises:
+          ConfigError: if there are none: a typo must not show at the switch.
+        """
+        # As if every kernel had one singular value, but for rounding.
+        spectra = {
+            p: np.eye(1, k.max_rank)[0] + np.zeros((*k.stack_shape, 1)) for p, k in self.kernels.items()
+        }
+        ranks = {path: np.full(kernel.stack_shape, 1e-6) for path, kernel in self.kernels.items()}
+        ones = {path: np.ones(kernel.stack_shape) for path, kernel in self.kernels.items()}
+        plan = plan_from_config(
+            self.config, self.kernels, ranks, ones, singular_values=spectra, profile=self.profile
+        )
+        if not plan.ranks and self.config.method != "full_rank":
+            raise ConfigError(f"there is nothing to switch, every layer would be kept: {_reasons(plan)}")
+        return tuple(plan.ranks) or tuple(self.kernels)
 
     def phase(self, plan: cf.FactorizationPlan | None = None, *, switch_step: int = 0) -> Phase:
         """The full-rank phase, or the low-rank one of ``plan``, which begins at ``switch_step``."""
-        config, schedule = self.config, self.schedule
-        if plan is not None and config.switch.learning_rate == "rewarmup":
-            schedule = rewarmup(
-                schedule, switch_step, config.schedule, steps_per_epoch=self.train.steps_per_epoch
-            )
+        config, schedule, task = self.config, self.schedule, self.task
+        if plan is not None:
+            length = dict(epochs=config.epochs, steps_per_epoch=self.train.steps_per_epoch)
+            schedule = after_switch(schedule, switch_step, config.schedule, config.switch, **length)
         model = self.model if plan is None else cf.factorize(self.model, plan)
-        evaluate = {split: make_eval_step(model.apply, self.preprocess_eval) for split in self.evaluation}
         train_step = make_train_step(
-            self.preprocess, label_smoothing=config.loss.label_smoothing, ema=config.optimizer.ema
+            task, ema=config.optimizer.ema, accumulation_steps=config.optimizer.accumulation_steps
         )
-        tx = make_optimizer(config.optimizer, schedule, plan=plan)
-        return Phase(model, plan, schedule, tx, train_step, evaluate)
+        optimizer = config.optimizer.copy_and_resolve_references()
+        optimizer.frobenius_decay = make_method(config).frobenius_decay
+        return Phase(
+            model=model,
+            plan=plan,
+            schedule=schedule,
+            tx=make_optimizer(optimizer, schedule, plan=plan),
+            train_step=train_step,
+            eval_steps={split: make_eval_step(model.apply, task) for split in self.evaluation},
+        )
 
     def create_state(self, phase: Phase) -> TrainState:
-        """A state at random initialisation."""
+        """A state at random initialisation, or with the pre-trained weights that the configuration names.
+
+        Raises:
+          ConfigError: if the weights do not fit the network.
+        """
         # Run once: optimising the program would take longer than it saves.
         init = jax.jit(lambda: self._create_state(phase)).lower()
-        return init.compile(compiler_options={"xla_backend_optimization_level": "0"})()
+        state = init.compile(compiler_options={"xla_backend_optimization_level": "0"})()
+        config = self.config.model
+        if not config.pretrained:
+            return state
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        with _settings("config.model.pretrained"):
+            variables = load_pretrained(
+                config.name, variables, config.pretrained, fresh=config.fresh, unused=config.unused
+            )
+        average = None if state.ema_params is None else variables["params"]
+        return state.replace(**variables, ema_params=average)
 
     def abstract_state(self, phase: Phase) -> TrainState:
         """The shapes and dtypes of a state."""
@@ -121,22 +155,45 @@ class Experiment:
     def _create_state(self, phase: Phase) -> TrainState:
         config = self.config
         return create_state(
-            phase.model, phase.tx, self.example, seed=config.seed, ema=bool(config.optimizer.ema)
+            phase.model, phase.tx, self.task.inputs, seed=config.seed, ema=bool(config.optimizer.ema)
         )
 
     def count_flops(self, phase: Phase) -> int:
         """Forward FLOPs of a phase's network for one example."""
         variables = self.abstract_state(phase).eval_variables
-        return cf.count_flops(lambda v, x: phase.model.apply(v, x, train=False), variables, self.example)
+        return cf.count_flops(
+            lambda v, inputs: phase.model.apply(v, *inputs, train=False), variables, self.task.inputs
+        )
+
+    def num_trained(self, phase: Phase) -> int:
+        """Parameters of a phase's network that are trained: all but the frozen ones."""
+        params = self.abstract_state(phase).params
+        frozen = frozen_mask(params, self.config.optimizer)
+        counts = jax.tree.map(lambda x, is_frozen: 0 if is_frozen else math.prod(x.shape), params, frozen)
+        return sum(jax.tree.leaves(counts))
 
 
-def _candidates(config: Config, kernels: cf.Kernels) -> tuple[str, ...]:
-    """The layers that the rules do not keep, found before training: a typo must not show at the switch."""
-    lowest = {path: np.zeros(kernel.stack_shape) for path, kernel in kernels.items()}
-    ranks = plan_from_config(config, kernels, lowest, lowest).ranks
-    if not ranks and config.method != "full_rank":
-        raise ConfigError("config.plan keeps every layer full-rank: there is nothing to switch")
-    return tuple(ranks) or tuple(kernels)
+def _create_model(config: Config, task: Task) -> nn.Module:
+    options = {key: value for key, value in dict(config).items() if value}
+    for key in ("name", "pretrained", "fresh", "unused", "sync_batch_norm"):
+        options.pop(key, None)
+    axis_name = AXIS if config.sync_batch_norm else None
+    return create_model(config.name, num_classes=task.num_outputs, norm_axis_name=axis_name, **options)
+
+
+def _check_accumulation(config: Config) -> None:
+    parts = jax.device_count() * config.optimizer.accumulation_steps
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"config.batch_size {config.batch_size} cannot be shared by {jax.device_count()} devices in "
+            f"{config.optimizer.accumulation_steps} parts each: use a multiple of {parts}"
+        )
+
+
+def _reasons(plan: cf.FactorizationPlan) -> str:
+    """The reasons of a plan's kept layers, each with the number of layers, the most frequent first."""
+    counted = Counter(plan.kept[path] for path in plan.kernels).most_common(3)
+    return "; ".join(f"{number} layers: {reason}" for reason, number in counted)
 
 
 @contextlib.contextmanager
@@ -168,7 +225,7 @@ class Phase:
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     train_step: Compiled
-    eval_steps: dict[str, Compiled]
+    eval_steps: Mapping[str, Compiled]
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -20,7 +21,8 @@ from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
-from cuttlefish_jax.training.method import deadline, make_tracker, plan_from_config
+from cuttlefish_jax.training.method import deadline, make_method, make_tracker, plan_from_config
+from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import AXIS
@@ -50,18 +52,27 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             return directory.read_json("summary.json") or {}
         experiment = Experiment.from_config(config)
         directory.claim(config)
+        started = time.perf_counter()
+        if config.profile.enabled:
+            experiment = dataclasses.replace(experiment, profile=get_profile(experiment, directory))
+        profiled = time.perf_counter() - started
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
         ):
-            return _Run(experiment, directory, checkpointer, best).to_the_end()
+            return _Run(experiment, directory, checkpointer, best, profiled).to_the_end()
 
 
 class _Run:
     """The changing parts of a run, and what an epoch does to them."""
 
     def __init__(
-        self, experiment: Experiment, directory: Workdir, checkpointer: Checkpointer, best: Checkpointer
+        self,
+        experiment: Experiment,
+        directory: Workdir,
+        checkpointer: Checkpointer,
+        best: Checkpointer,
+        profile_seconds: float,
     ):
         self.experiment = experiment
         self.config = experiment.config
@@ -69,6 +80,7 @@ class _Run:
         self.checkpointer = checkpointer
         self.best = best
         self.progress = Progress(make_tracker(self.config))
+        self.progress.seconds["profile"] = profile_seconds
         self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
         self.rank_seconds, self.ranks_compiled = 0.0, False
         self.phase, self.state = self._start()
@@ -131,7 +143,14 @@ class _Run:
         """Makes the plan, rewrites the state, and builds the steps of the low-rank phase."""
         start = time.perf_counter()
         progress, experiment = self.progress, self.experiment
-        plan = plan_from_config(self.config, experiment.kernels, progress.ranks_t, progress.ranks_0)
+        plan = plan_from_config(
+            self.config,
+            experiment.kernels,
+            progress.ranks_t,
+            progress.ranks_0,
+            singular_values=self._singular_values(),
+            profile=experiment.profile,
+        )
         _say(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
         if not plan.ranks:
             progress.stays_full_rank = True
@@ -151,6 +170,12 @@ class _Run:
         self.directory.write_json("plan.json", json.loads(plan.to_json()))
         progress.seconds["switch"] += time.perf_counter() - start
 
+    def _singular_values(self) -> dict[str, Any] | None:
+        """Of all kernels, if the rank rule looks at more than the stable ranks."""
+        if not make_method(self.config).rank_rule.needs_singular_values:
+            return None
+        return jax.device_get(cf.singular_values(self.state.params, self.experiment.kernels))
+
     def _train(self, epoch: int) -> dict[str, Any]:
         """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""
         progress, phase, data = self.progress, self.phase, self.experiment.train
@@ -160,16 +185,17 @@ class _Run:
         with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
             self.state, trained = train_epoch(phase.train_step, self.state, data, epoch, on_step=advance)
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
-        metrics |= {name: trained[name] for name in ("train_loss", "train_accuracy", "seconds")}
+        metrics |= {name: value for name, value in trained.items() if name != "steps"}
+        names = self.experiment.task.metrics
         for split, source in self.experiment.evaluation.items():
-            loss, accuracy = evaluate(phase.eval_steps[split], self.state.eval_variables, source)
-            metrics |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+            found = evaluate(phase.eval_steps[split], self.state.eval_variables, source, names)
+            metrics |= {f"{split}_{name}": value for name, value in found.items()}
         examples = trained["steps"] * self.config.batch_size
         metrics["examples_per_second"] = examples / trained["seconds"]
         progress.seconds[phase.name] += trained["seconds"]
         progress.seconds["compile"] += phase.compile_seconds - compiled_before
         progress.examples[phase.name] += int(examples)
-        if progress.is_better(metrics):
+        if progress.is_better(metrics, self.experiment.task.score):
             progress.best = {
                 name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))
             }
@@ -201,7 +227,8 @@ class _Run:
     def _log(self, epoch: int, metrics: dict[str, Any]) -> None:
         metrics["rank_seconds"] = self.rank_seconds if self.phase.plan is None else 0.0
         self.directory.append("metrics.jsonl", metrics)
-        shown = ("phase", "train_loss", "test_loss", "test_accuracy", "learning_rate", "examples_per_second")
+        score = self.experiment.task.score
+        shown = ("phase", "train_loss", "test_loss", "learning_rate", "examples_per_second")
         now = time.perf_counter()
         left = (now - self.started) / (epoch + 1 - self.first_epoch) * (self.config.epochs - epoch - 1)
         _say(
@@ -209,6 +236,8 @@ class _Run:
                 epoch=epoch,
                 epochs=self.config.epochs,
                 seconds_left=left,
+                test_score=metrics[f"test_{score}"],
+                metric=score,
                 **{name: metrics[name] for name in shown},
             )
         )

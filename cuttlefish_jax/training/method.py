@@ -1,70 +1,167 @@
-"""Methods of training as combinations of the core's parts: a criterion of the switch, rules of the ranks."""
+"""Methods of training as combinations of the core's parts: a criterion, a rule of the ranks, a regulariser.
+
+The settings of a configuration make the method "cuttlefish"; the other names put another part in the place of
+one or two of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cuttlefish_jax import (
-    AtEpoch,
-    FactorizationPlan,
-    Kernels,
-    Never,
-    RankTracker,
-    ReferencePlateau,
-    RelativePlateau,
-    Rule,
-    make_plan,
-)
-from cuttlefish_jax.training.errors import ConfigError
+import cuttlefish_jax as cf
+from cuttlefish_jax.training.errors import ConfigError, check_setting
+from cuttlefish_jax.training.schedule import AFTER_SWITCH
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from cuttlefish_jax.training.config import Config
 
-CRITERIA = {
-    "relative_plateau": lambda config: RelativePlateau(),
-    "reference_cifar": lambda config: ReferencePlateau.cifar(),
-    "reference_resnet50": lambda config: ReferencePlateau.resnet50(),
-    "reference_deit": lambda config: ReferencePlateau.deit(),
-    "at_epoch": lambda config: AtEpoch(config.epoch),
+CRITERIA: Mapping[str, Callable[[Any], cf.Criterion]] = {
+    "relative_plateau": lambda config: cf.RelativePlateau(),
+    "reference_cifar": lambda config: cf.ReferencePlateau.cifar(),
+    "reference_resnet50": lambda config: cf.ReferencePlateau.resnet50(),
+    "reference_deit": lambda config: cf.ReferencePlateau.deit(),
+    "at_epoch": lambda config: cf.AtEpoch(config.epoch),
 }
-METHODS = ("cuttlefish", "full_rank")
+RANK_RULES: Mapping[str, Callable[[Any], cf.RankRule]] = {
+    "scaled_stable_rank": lambda config: cf.ScaledStableRank(),
+    "vanilla_stable_rank": lambda config: cf.StableRank(),
+    "accumulative_rank": lambda config: cf.AccumulativeRank(),
+    "energy": lambda config: cf.EnergyRank(),
+    "rank_ratio": lambda config: cf.RankRatio(config.rank_ratio),
+}
 
 
-def make_tracker(config: Config) -> RankTracker:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """What a method does where methods differ.
+
+    Attributes:
+      criterion: when to switch.
+      rank_rule: at what ranks.
+      keep: patterns of layers that stay full-rank.
+      frobenius_decay: on the products of factors.
+      uses_profile: whether the layers that do not get faster are kept as well, where they are measured.
+    """
+
+    criterion: cf.Criterion
+    rank_rule: cf.RankRule
+    keep: tuple[str, ...]
+    frobenius_decay: float
+    uses_profile: bool = True
+
+    @property
+    def awaits_ranks(self) -> bool:
+        """Whether it depends on the stable ranks when the switch comes."""
+        return not isinstance(self.criterion, (cf.AtEpoch, cf.Never))
+
+
+def _cuttlefish(config: Config) -> Method:
+    """Cuttlefish (Wang et al., MLSys 2023), as configured."""
+    rules = [RANK_RULES[name](config.plan) for name in config.plan.rank_rule.split("+")]
+    return Method(
+        criterion=CRITERIA[config.switch.criterion](config.switch),
+        rank_rule=rules[0] if len(rules) == 1 else cf.LargestOf(tuple(rules)),
+        keep=tuple(config.plan.keep),
+        frobenius_decay=config.optimizer.frobenius_decay,
+    )
+
+
+def _full_rank(config: Config) -> Method:
+    """Ordinary training."""
+    return dataclasses.replace(_cuttlefish(config), criterion=cf.Never())
+
+
+def _pufferfish(config: Config) -> Method:
+    """Pufferfish (Wang et al., MLSys 2021): which layers, what ranks and when, all fixed beforehand."""
+    return dataclasses.replace(
+        _cuttlefish(config),
+        criterion=cf.AtEpoch(round(config.pufferfish.switch_share * config.epochs)),
+        rank_rule=cf.RankRatio(config.pufferfish.rank_ratio),
+        keep=tuple(config.pufferfish.keep),
+        uses_profile=False,
+    )
+
+
+def _si_fd(config: Config) -> Method:
+    """Spectral initialisation and Frobenius decay (Khodak et al., ICLR 2021): low-rank from the beginning."""
+    return Method(
+        criterion=cf.AtEpoch(0),
+        rank_rule=cf.RankRatio(config.si_fd.rank_ratio),
+        keep=tuple(config.si_fd.keep),
+        frobenius_decay=config.si_fd.frobenius_decay,
+        uses_profile=False,
+    )
+
+
+def _with_rank_rule(name: str) -> Callable[[Config], Method]:
+    return lambda config: dataclasses.replace(_cuttlefish(config), rank_rule=RANK_RULES[name](config.plan))
+
+
+METHODS: Mapping[str, Callable[[Config], Method]] = {
+    "cuttlefish": _cuttlefish,
+    "full_rank": _full_rank,
+    "pufferfish": _pufferfish,
+    "si_fd": _si_fd,
+    **{name: _with_rank_rule(name) for name in ("vanilla_stable_rank", "accumulative_rank", "energy")},
+}
+
+
+def make_method(config: Config) -> Method:
+    """The method that the configuration describes; it must have passed :func:`check_config`."""
+    return METHODS[config.method](config)
+
+
+def make_tracker(config: Config) -> cf.RankTracker:
     """The tracker that decides when to switch; a full-rank run has one that never does."""
-    if config.method == "full_rank":
-        return RankTracker(Never())
-    return RankTracker(CRITERIA[config.switch.criterion](config.switch))
+    return cf.RankTracker(make_method(config).criterion)
 
 
 def deadline(config: Config) -> int | None:
     """The epoch by which the ranks should have converged, ``None`` if nothing is awaited."""
-    if config.method == "full_rank" or config.switch.criterion == "at_epoch":
-        return None
-    return math.ceil(config.switch.deadline * config.epochs)
+    return math.ceil(config.switch.deadline * config.epochs) if make_method(config).awaits_ranks else None
 
 
 def plan_from_config(
     config: Config,
-    kernels: Kernels,
+    kernels: cf.Kernels,
     ranks_t: Mapping[str, object],
     ranks_0: Mapping[str, object],
-) -> FactorizationPlan:
-    """The plan that the configuration's rules give; see :func:`cuttlefish_jax.make_plan`.
+    *,
+    singular_values: Mapping[str, object] | None = None,
+    profile: cf.KernelProfile | None = None,
+) -> cf.FactorizationPlan:
+    """The plan that the configuration's method gives; see :func:`cuttlefish_jax.make_plan`.
+
+    Args:
+      config: a run's configuration.
+      kernels: of the network.
+      ranks_t: ``{path: stable rank}`` now.
+      ranks_0: the same before training. That of pre-trained weights is not used: it says nothing of how far
+        they are from random ones.
+      singular_values: ``{path: f32[min(m, n)]}`` now, if the method's rank rule needs them.
+      profile: how much faster each kernel gets, if that was measured.
 
     Raises:
       ConfigError: for a rule that matches no layer.
     """
-    rules = [Rule(pattern, keep=True) for pattern in config.plan.keep]
-    rules += [Rule(pattern) for pattern in config.plan.factorize]
+    method = make_method(config)
+    frozen = [cf.Rule(pattern, keep=True) for pattern in config.optimizer.freeze]
+    rules = [rule for rule in frozen if any(rule.matches(path) for path in kernels)]
+    rules += [cf.Rule(pattern, keep=True) for pattern in method.keep]
+    rules += [cf.Rule(pattern) for pattern in config.plan.factorize]
     try:
-        return make_plan(
+        return cf.make_plan(
             kernels,
             ranks_t,
-            ranks_0,
+            None if config.model.pretrained else ranks_0,
+            rank_rule=method.rank_rule,
+            singular_values=singular_values,
+            profile=profile if method.uses_profile else None,
+            min_speedup=config.profile.min_speedup,
             rules=rules,
             round_to=config.plan.round_to,
             min_rank_ratio=config.plan.min_rank_ratio,
@@ -81,30 +178,46 @@ def check_config(config: Config) -> None:
       ConfigError: names the setting, its value and what it may be.
     """
     one_of = {
-        "method": (config.method, METHODS),
+        "method": (config.method, tuple(METHODS)),
         "switch.criterion": (config.switch.criterion, tuple(CRITERIA)),
         "switch.if_never": (config.switch.if_never, ("full_rank", "switch")),
         "switch.optimizer": (config.switch.optimizer, ("carry", "reset")),
-        "switch.learning_rate": (config.switch.learning_rate, ("continue", "rewarmup")),
+        "switch.learning_rate": (config.switch.learning_rate, AFTER_SWITCH),
         "ranks.method": (config.ranks.method, ("exact", "lanczos")),
+        "data.interpolation": (config.data.interpolation, ("bilinear", "bicubic")),
     }
     for key, (value, valid) in one_of.items():
-        if value not in valid:
-            raise ConfigError(f"config.{key} = {value!r}: it must be one of {', '.join(valid)}")
-    for key in ("epochs", "batch_size"):
-        if config[key] < 1:
-            raise ConfigError(f"config.{key} = {config[key]}: it must be 1 or more")
-    for key in ("keep", "every_epochs"):
-        if config.checkpoint[key] < 1:
-            raise ConfigError(f"config.checkpoint.{key} = {config.checkpoint[key]}: it must be 1 or more")
-    if not 0 < config.switch.deadline <= 1:
-        raise ConfigError(f"config.switch.deadline = {config.switch.deadline}: it must be in (0, 1]")
-    if config.switch.epoch < 0:
-        raise ConfigError(f"config.switch.epoch = {config.switch.epoch}: it must be 0 or more")
-    if not 0 <= config.optimizer.ema < 1:
-        raise ConfigError(f"config.optimizer.ema = {config.optimizer.ema}: it must be in [0, 1)")
-    if config.plan.extra_batch_norm and config.optimizer.frobenius_decay:
+        check_setting(f"config.{key}", value, value in valid, f"one of {', '.join(valid)}")
+    for rule in config.plan.rank_rule.split("+"):
+        known = f"one of {', '.join(RANK_RULES)}, or several joined by +"
+        check_setting("config.plan.rank_rule", config.plan.rank_rule, rule in RANK_RULES, known)
+    at_least_1 = (
+        "epochs batch_size checkpoint.keep checkpoint.every_epochs optimizer.accumulation_steps "
+        "data.repeated_augmentation data.max_length plan.round_to"
+    )
+    for key in at_least_1.split():
+        _check_number(config, key, lambda value: value >= 1, "1 or more")
+    for key in ("switch.epoch", "profile.min_speedup", "data.mixup", "data.cutmix"):
+        _check_number(config, key, lambda value: value >= 0, "0 or more")
+    for key in (
+        "switch.deadline",
+        "plan.rank_ratio",
+        "profile.ratio",
+        "pufferfish.rank_ratio",
+        "si_fd.rank_ratio",
+    ):
+        _check_number(config, key, lambda value: 0 < value <= 1, "in (0, 1]")
+    for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path"):
+        _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
+    _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
+    if config.plan.extra_batch_norm and make_method(config).frobenius_decay:
         raise ConfigError(
-            "config.plan.extra_batch_norm and config.optimizer.frobenius_decay exclude each other: "
-            "set one of them to False or 0"
+            "config.plan.extra_batch_norm and Frobenius decay (config.optimizer.frobenius_decay, or that of "
+            "the method si_fd) exclude each other: set one of them to False or 0"
         )
+
+
+def _check_number(config: Config, key: str, is_valid: Callable[[Any], bool], rule: str) -> None:
+    section, _, name = key.rpartition(".")
+    value = config[section][name] if section else config[name]
+    check_setting(f"config.{key}", value, is_valid(value), rule)

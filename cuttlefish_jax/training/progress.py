@@ -7,6 +7,8 @@ from typing import Any
 
 from cuttlefish_jax import FactorizationPlan, RankTracker
 
+_SPENT_ON = ("full_rank", "low_rank", "rank", "profile", "switch", "compile")
+
 
 @dataclasses.dataclass
 class Progress:
@@ -18,7 +20,7 @@ class Progress:
       plan: what is factorized; ``None`` in the full-rank phase.
       switch_epoch: the first low-rank epoch, ``None`` before the switch.
       stays_full_rank: whether the ranks missed their deadline, or no layer would have got smaller.
-      best: epoch and metrics of the best validation accuracy of the present phase.
+      best: epoch and metrics of the best validation score of the present phase.
       seconds: time spent, by what it was spent on; none of it twice.
       examples: training examples seen, by phase.
     """
@@ -29,9 +31,7 @@ class Progress:
     switch_epoch: int | None = None
     stays_full_rank: bool = False
     best: dict[str, Any] | None = None
-    seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: dict(full_rank=0.0, low_rank=0.0, rank=0.0, switch=0.0, compile=0.0)
-    )
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(_SPENT_ON, 0.0))
     examples: dict[str, int] = dataclasses.field(default_factory=lambda: dict(full_rank=0, low_rank=0))
 
     @property
@@ -44,11 +44,11 @@ class Progress:
         """``{path: stable rank}`` at the last measurement."""
         return {path: history[-1] for path, history in self.tracker.history.items()}
 
-    def is_better(self, metrics: dict[str, Any]) -> bool:
-        """Whether an epoch's validation accuracy is the best so far; the loss decides between equals."""
+    def is_better(self, metrics: dict[str, Any], score: str) -> bool:
+        """Whether an epoch's validation score is the best so far; the loss decides between equals."""
         if self.best is None:
             return True
-        ours, theirs = ((m["validation_accuracy"], -m["validation_loss"]) for m in (metrics, self.best))
+        ours, theirs = ((m[f"validation_{score}"], -m["validation_loss"]) for m in (metrics, self.best))
         return ours > theirs
 
     def to_record(self) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def progress_line(
     examples_per_second: float,
     seconds_left: float,
     test_loss: float | None = None,
-    test_accuracy: float | None = None,
+    test_score: float | None = None,
+    metric: str = "accuracy",
 ) -> str:
     """One line about one epoch.
 
@@ -55,14 +56,15 @@ def progress_line(
       examples_per_second: trained on.
       seconds_left: to the end of the run, as far as one can tell.
       test_loss: after the epoch; None if it was not evaluated.
-      test_accuracy: between 0 and 1; None if it was not evaluated.
+      test_score: at best 1; None if it was not evaluated.
+      metric: what the score is.
 
     Returns:
       The line, without a newline.
 
     Example:
       >>> print(progress_line(epoch=11, epochs=300, phase="low_rank", train_loss=0.4123, learning_rate=0.8,
-      ...       examples_per_second=12345, seconds_left=4000, test_loss=0.5021, test_accuracy=0.9123))
+      ...       examples_per_second=12345, seconds_left=4000, test_loss=0.5021, test_score=0.9123))
       epoch  12/300  low rank   loss 0.4123  test loss 0.5021  accuracy 91.23 %  lr 0.8  12,345 examples/s  1 h 07 min left
     """  # noqa: E501
     parts = [
@@ -72,8 +74,8 @@ def progress_line(
     ]
     if test_loss is not None:
         parts.append(f"test loss {test_loss:.4f}")
-    if test_accuracy is not None:
-        parts.append(f"accuracy {100 * test_accuracy:5.2f} %")
+    if test_score is not None:
+        parts.append(f"{metric} {100 * test_score:5.2f} %")
     parts += [f"lr {learning_rate:.4g}", f"{examples_per_second:,.0f} examples/s"]
     if epoch + 1 < epochs:
         parts.append(f"{duration(seconds_left)} left")
@@ -133,14 +135,14 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     """
     switch = summary["switch_epoch"]
     switched = "never switched" if switch is None else f"switched before epoch {switch + 1}"
-    best = _percent(summary["best_test_accuracy"])
+    best = _percent(summary["best_test_score"])
     rows = [
         ("experiment", "{model} on {dataset}, {method}, seed {seed}".format_map(summary)),
         ("device", str(summary["device"])),
         ("epochs", f"{summary['epochs']}, {switched}"),
-        ("parameters", _change(summary["params_full"], summary["params_final"])),
+        ("parameters", _change(summary["params_full"], summary["params_final"]) + _trained(summary)),
         ("FLOPs per example", _change(summary["flops_full"], summary["flops_final"])),
-        ("test accuracy", f"{_percent(summary['test_accuracy'])} (best {best})"),
+        (f"test {summary['metric']}", f"{_percent(summary['test_score'])} (best {best})"),
         ("examples/s", _speeds(summary["examples_per_second_full"], summary["examples_per_second_low"])),
         ("time", _times(summary)),
     ]
@@ -154,6 +156,12 @@ def _change(before: float, after: float) -> str:
     return f"{before:,} -> {after:,} ({before / after:.2f}x fewer)"
 
 
+def _trained(summary: Mapping[str, Any]) -> str:
+    """How many of the parameters are trained, if not all."""
+    trained = summary["params_trained"]
+    return "" if trained == summary["params_final"] else f", {trained:,} of them trained"
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -164,8 +172,13 @@ def _speeds(full: float | None, low: float | None) -> str:
 
 
 def _times(summary: Mapping[str, Any]) -> str:
-    parts = {"stable ranks": "rank_seconds", "switch": "switch_seconds", "compilation": "compile_seconds"}
-    others = ", ".join(f"{name} {duration(summary[key])}" for name, key in parts.items())
+    parts = {
+        "stable ranks": "rank_seconds",
+        "profile": "profile_seconds",
+        "switch": "switch_seconds",
+        "compilation": "compile_seconds",
+    }
+    others = ", ".join(f"{name} {duration(summary[key])}" for name, key in parts.items() if summary[key])
     return f"training {duration(summary['train_seconds'])}, {others}"
 
 

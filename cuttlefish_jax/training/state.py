@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ class TrainState(train_state.TrainState):
 def create_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
-    example: jax.ShapeDtypeStruct,
+    inputs: Sequence[jax.ShapeDtypeStruct],
     *,
     seed: int,
     ema: bool,
@@ -42,14 +43,14 @@ def create_state(
     """A state at random initialisation; a pure function, to be compiled or traced for its shapes.
 
     Args:
-      model: a Linen module called as ``model(x, train=...)``.
+      model: a Linen module called as ``model(*inputs, train=...)``.
       tx: its optimizer.
-      example: shape and dtype of one input batch.
+      inputs: shapes and dtypes of the model's arguments.
       seed: of the initialisation and of everything random in training.
       ema: whether to keep a moving average of the parameters.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros(example.shape, example.dtype), train=False)
+    variables = model.init(init_key, *(jnp.zeros(x.shape, x.dtype) for x in inputs), train=False)
     params = variables["params"]
     return TrainState.create(
         apply_fn=model.apply,

@@ -1,6 +1,7 @@
 """The compiled steps: one update, one batch of evaluation, each mapped over all devices.
 
-There is one train step, for full-rank and factorized networks alike: what differs is in the state.
+There is one train step, for full-rank and factorized networks and for every task: what differs is in the
+state and in the task.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.training.data import materialize
-from cuttlefish_jax.training.recipe import cross_entropy
 from cuttlefish_jax.training.state import TrainState
+from cuttlefish_jax.training.tasks import Task
 
 AXIS = "batch"
 
 
-def make_train_step(preprocess: Callable, *, label_smoothing: float, ema: float) -> Compiled:
+def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> Compiled:
     """One update: ``(state, resident, batch) -> (state, metrics)``.
 
     Gradients, batch statistics and metrics are averaged over all devices of all hosts. The state is donated.
 
     Args:
-      preprocess: ``(key, uint8[b, h, w, c], index i32[b]) -> f32[b, h, w, c]``, augmentation included.
-      label_smoothing: see :func:`cross_entropy`.
+      task: what is learnt.
       ema: decay of the moving average of the parameters; 0 keeps none.
+      accumulation_steps: parts of a device's batch that are computed one after the other, in less memory;
+        batch norm normalises each part by itself.
 
     Returns:
-      A step over pmapped arrays; ``metrics`` are the batch's mean ``loss`` and ``accuracy``, f32 scalars.
+      A step over pmapped arrays; ``metrics`` are the batch's means, f32 scalars: ``loss``, and ``accuracy``
+      where the targets are classes.
     """
 
     def train_step(state: TrainState, resident: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -39,26 +42,34 @@ def make_train_step(preprocess: Callable, *, label_smoothing: float, ema: float)
         augment_key, device_key = jax.random.split(step_key)
         examples = materialize(resident, batch)
         # Augmentation draws by example, dropout by device: the former is the same on any number of devices.
-        images = preprocess(augment_key, examples["image"], examples["index"])
+        inputs, targets = task.train_inputs(augment_key, examples)
         dropout_key = jax.random.fold_in(device_key, jax.lax.axis_index(AXIS))
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-            logits, updated = state.apply_fn(
+        def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
+            inputs, targets, index = part
+            # Each part of a batch has dropout of its own.
+            key = dropout_key if accumulation_steps == 1 else jax.random.fold_in(dropout_key, index[0])
+            outputs, updated = state.apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
-                images,
+                *inputs,
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
+                rngs={"dropout": key},
             )
-            losses = cross_entropy(logits, examples["label"], label_smoothing=label_smoothing)
-            correct = jnp.argmax(logits, axis=-1) == examples["label"]
-            return jnp.mean(losses), (updated.get("batch_stats", {}), jnp.mean(correct))
+            loss = jnp.mean(task.train_loss(outputs, targets))
+            metrics = jax.tree.map(jnp.mean, task.train_metrics(outputs, targets))
+            return loss, (updated.get("batch_stats", {}), {"loss": loss, **metrics})
 
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (batch_stats, accuracy)), grads = grad_fn(state.params)
-        grads, batch_stats, metrics = jax.lax.pmean(
-            (grads, batch_stats, {"loss": loss, "accuracy": accuracy}), AXIS
+        def gradients(part: Any) -> tuple[Any, Any]:
+            return jax.grad(loss_fn, has_aux=True)(state.params, part)
+
+        averaged = optax.microbatch(
+            gradients,
+            argnums=0,
+            microbatch_size=None if accumulation_steps == 1 else len(targets) // accumulation_steps,
+            accumulator=optax.microbatching.AccumulationType.MEAN,
         )
+        grads, (batch_stats, metrics) = jax.lax.pmean(averaged((inputs, targets, batch["index"])), AXIS)
         state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
         if ema:
             state = state.replace(
@@ -66,58 +77,71 @@ def make_train_step(preprocess: Callable, *, label_smoothing: float, ema: float)
             )
         return state, metrics
 
-    return Compiled(jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0))
+    mapped = jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+    return Compiled(mapped, num_shapes=task.num_lengths)
 
 
-def make_eval_step(apply_fn: Callable, preprocess: Callable) -> Compiled:
-    """One batch of evaluation: ``(variables, resident, batch) -> sums``.
+def make_eval_step(apply_fn: Callable, task: Task) -> Compiled:
+    """One batch of evaluation: ``(variables, resident, batch) -> results``.
 
     Args:
       apply_fn: the model's ``apply``.
-      preprocess: ``uint8[b, h, w, c] -> f32[b, h, w, c]``.
+      task: what is evaluated.
 
     Returns:
-      A step over pmapped arrays; ``sums`` over the real examples: ``loss``, ``correct``, ``examples``.
+      A step over pmapped arrays; ``results`` are of the batch's examples on all devices, ``[batch_size]``:
+      ``loss``, ``prediction``, ``label``, and ``weight``, 0 for those that only fill up the batch.
     """
 
     def eval_step(variables: Any, resident: Any, batch: Any) -> dict[str, jax.Array]:
         examples = materialize(resident, batch)
-        logits = apply_fn(variables, preprocess(examples["image"]), train=False)
-        weight = batch["weight"]  # 0 for the padding of the last batch
-        sums = {
-            "loss": jnp.sum(weight * cross_entropy(logits, examples["label"])),
-            "correct": jnp.sum(weight * (jnp.argmax(logits, axis=-1) == examples["label"])),
-            "examples": jnp.sum(weight),
+        outputs = apply_fn(variables, *task.eval_inputs(examples), train=False)
+        results = {
+            "loss": task.eval_loss(outputs, examples["label"]),
+            "prediction": task.predict(outputs),
+            "label": examples["label"],
+            "weight": batch["weight"],
         }
-        return jax.lax.psum(sums, AXIS)
+        return jax.lax.all_gather(results, AXIS, tiled=True)
 
-    return Compiled(jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None))
+    mapped = jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None)
+    return Compiled(mapped, num_shapes=task.num_lengths)
 
 
 class Compiled:
-    """A mapped function, compiled for the shapes of its first call.
+    """A mapped function, compiled for each of the few shapes that its batches come in.
 
-    Later calls with other shapes are errors, not silent recompilations.
+    Calls with more shapes are errors, not silent recompilations.
 
     Attributes:
       compile_seconds: how long compilation took; 0.0 before the first call.
     """
 
-    def __init__(self, mapped: Any):
+    def __init__(self, mapped: Any, *, num_shapes: int = 1):
         self._mapped = mapped
-        self._executable: Any = None
+        self._num_shapes = num_shapes
+        self._executables: dict[tuple, Any] = {}
         self.compile_seconds = 0.0
 
     @property
     def flops(self) -> float:
-        """XLA's count of the operations of one call on one device; NaN before the first call."""
-        cost = self._executable.cost_analysis() if self._executable is not None else None
+        """XLA's count of the operations of one call on one device; NaN before the first call.
+
+        Of several shapes it is the last compiled one's.
+        """
+        executable = next(reversed(self._executables.values()), None)
+        cost = executable.cost_analysis() if executable is not None else None
         return cost.get("flops", float("nan")) if cost else float("nan")
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the function; the first call compiles it."""
-        if self._executable is None:
+        """Runs the function; the last argument is the batch, a mapping. A new shape is compiled first."""
+        shapes = tuple(array.shape for array in args[-1].values())
+        executable = self._executables.get(shapes)
+        if executable is None:
+            if len(self._executables) >= self._num_shapes:
+                known = ", ".join(map(str, self._executables))
+                raise TypeError(f"a batch of shapes {shapes}; the step was compiled for {known} alone")
             start = time.perf_counter()
-            self._executable = self._mapped.lower(*args).compile()
-            self.compile_seconds = time.perf_counter() - start
-        return self._executable(*args)
+            executable = self._executables[shapes] = self._mapped.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return executable(*args)

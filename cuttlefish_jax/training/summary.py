@@ -23,12 +23,13 @@ def summarize(
       metrics: the lines of ``metrics.jsonl``.
 
     Returns:
-      The contents of ``summary.json``: FLOPs are forward ones for one example, times in seconds;
-      ``best_test_accuracy`` is the test accuracy of the epoch with the best validation accuracy.
+      The contents of ``summary.json``: FLOPs are forward ones for one example, times in seconds; the score
+      is the task's first metric, ``metric``, and "best" is the epoch with the best validation score. What a
+      task does not measure, such as the accuracy of a regression, is None.
     """
     config, plan, best = experiment.config, progress.plan, progress.best or {}
     full = experiment.phase()
-    params_full = experiment.kernels.num_params
+    params_full, score = experiment.kernels.num_params, experiment.task.score
 
     def throughput(phase_name: str) -> float | None:
         seconds = progress.seconds[phase_name]
@@ -44,13 +45,18 @@ def summarize(
         "ranks": {} if plan is None else plan.ranks,
         "params_full": params_full,
         "params_final": params_full if plan is None else plan.num_params,
+        "params_trained": experiment.num_trained(phase),
         "flops_full": experiment.count_flops(full),
         "flops_final": experiment.count_flops(phase),
-        "test_accuracy": metrics[-1]["test_accuracy"],
+        "metric": score,
+        "test_score": metrics[-1][f"test_{score}"],
+        "best_test_score": best.get(f"test_{score}"),
+        "test_accuracy": metrics[-1].get("test_accuracy"),
         "best_test_accuracy": best.get("test_accuracy"),
         "best_epoch": best.get("epoch"),
         "train_seconds": progress.seconds["full_rank"] + progress.seconds["low_rank"],
         "rank_seconds": progress.seconds["rank"],
+        "profile_seconds": progress.seconds["profile"],
         "switch_seconds": progress.seconds["switch"],
         "compile_seconds": progress.seconds["compile"],
         "examples_per_second_full": throughput("full_rank"),

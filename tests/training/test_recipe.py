@@ -1,5 +1,7 @@
 """Learning rates as published, the optimizer as PyTorch's, decay where it belongs."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,12 @@ from flax import linen as nn
 from cuttlefish_jax.factorize import factorize_params
 from cuttlefish_jax.kernels import find_kernels
 from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.switch import carry_opt_state
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.errors import ConfigError
-from cuttlefish_jax.training.recipe import cross_entropy, make_optimizer, make_schedule, rewarmup
+from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.recipe import make_optimizer
+from cuttlefish_jax.training.schedule import after_switch, make_schedule
 
 
 def schedule_config(**changes):
@@ -26,6 +31,17 @@ def optimizer_config(**changes):
     config = default_config().optimizer
     config.update(changes)
     return config
+
+
+def switch_config(**changes):
+    config = default_config().switch
+    config.update(changes)
+    return config
+
+
+def rewarmup(schedule, switch_step, config, *, steps_per_epoch):
+    settings = switch_config(learning_rate="rewarmup")
+    return after_switch(schedule, switch_step, config, settings, epochs=300, steps_per_epoch=steps_per_epoch)
 
 
 def cifar():
@@ -74,7 +90,7 @@ def test_constant_stays(warmup):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(name="step"), r"schedule.name = 'step': it must be one of steps, cosine, constant"),
+        (dict(name="step"), r"schedule.name = 'step': it must be one of steps, cosine, linear, constant"),
         (dict(peak=-0.1), "schedule.peak = -0.1: it must be above 0"),
         (dict(peak=float("nan")), "schedule.peak = nan"),
         (dict(warmup_start=-1.0), "schedule.warmup_start"),
@@ -127,6 +143,29 @@ def test_the_second_warmup_of_a_cosine_goes_step_by_step():
 def test_without_warmup_nothing_changes_at_the_switch():
     schedule = make_schedule(schedule_config(), epochs=10, steps_per_epoch=1)
     assert rewarmup(schedule, 5, schedule_config(), steps_per_epoch=1) is schedule
+
+
+@pytest.mark.parametrize(("name", "milestones"), [("cosine", ()), ("steps", (0.5,)), ("linear", ())])
+def test_the_schedule_starts_again_from_its_peak_in_what_is_left(name, milestones):
+    config = schedule_config(name=name, milestones=milestones, warmup_epochs=2, final=0.01)
+    schedule = make_schedule(config, epochs=10, steps_per_epoch=4)
+    settings = switch_config(learning_rate="restart", learning_rate_factor=0.5)
+    again = after_switch(schedule, 24, config, settings, epochs=10, steps_per_epoch=4)
+    before = jnp.arange(24)
+    np.testing.assert_array_equal(jax.vmap(again)(before), jax.vmap(schedule)(before))
+    config.warmup_epochs = 0.0
+    left = make_schedule(config, epochs=4, steps_per_epoch=4)
+    expected = 0.5 * np.asarray(jax.vmap(left)(jnp.arange(16)))
+    np.testing.assert_allclose(jax.jit(jax.vmap(again))(24 + jnp.arange(16)), expected, rtol=1e-6)
+    np.testing.assert_allclose(again(24), 0.05, rtol=1e-6)
+
+
+def test_the_rate_goes_on_times_a_factor():
+    schedule = make_schedule(schedule_config(name="linear"), epochs=10, steps_per_epoch=1)
+    np.testing.assert_allclose(schedule(5), 0.05, rtol=1e-6)
+    settings = switch_config(learning_rate_factor=2.0)
+    twice = after_switch(schedule, 5, schedule_config(), settings, epochs=10, steps_per_epoch=1)
+    np.testing.assert_allclose([twice(4), twice(5), twice(9)], [0.06, 0.1, 0.02], rtol=1e-5)
 
 
 def steps_of(tx, params, gradients):
@@ -280,3 +319,63 @@ def test_cross_entropy_of_half_precision_is_computed_in_float32():
 def test_label_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(ConfigError, match=r"loss\.label_smoothing"):
         cross_entropy(jnp.ones((1, 2)), jnp.asarray([0]), label_smoothing=smoothing)
+
+
+def test_frozen_kernels_stay_and_have_no_state_and_no_part_in_clipping():
+    params = {
+        "ffn": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+        "query": {"kernel": jnp.ones((4, 4))},
+    }
+    gradients = jax.tree.map(lambda x: jnp.full_like(x, 1e6), params)
+    gradients["query"]["kernel"] = jnp.full((4, 4), 0.5)
+    gradients["ffn"]["bias"] = jnp.zeros(4)
+    config = optimizer_config(freeze=("ffn",), clip_norm=1.0, momentum=0.5, weight_decay=0.1)
+    tx = make_optimizer(config, optax.constant_schedule(1.0))
+    state = tx.init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 16 + 4
+    updates, _ = jax.jit(tx.update)(gradients, state, params)
+    np.testing.assert_array_equal(updates["ffn"]["kernel"], 0)
+    # The norm of the trained gradients is 2, so they are halved; the decay is on the kernel alone.
+    np.testing.assert_allclose(updates["query"]["kernel"], -(0.25 + 0.1), rtol=1e-6)
+    np.testing.assert_allclose(updates["ffn"]["bias"], 0, atol=1e-7)
+
+
+def test_a_frozen_state_goes_through_the_switch():
+    model = nn.Sequential([nn.Dense(8), nn.Dense(8), nn.Dense(8)])
+    x = jnp.ones((1, 8))
+    params = model.init(jax.random.key(0), x)["params"]
+    config = optimizer_config(freeze=("layers_0",))
+    plan = FactorizationPlan.from_ranks(find_kernels(model, x), {"layers_1": 2})
+    schedule = optax.constant_schedule(0.1)
+    tx, tx_low = make_optimizer(config, schedule), make_optimizer(config, schedule, plan=plan)
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    low = factorize_params(params, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        carried = carry_opt_state(state, params, low, tx_low, plan)
+    chex.assert_trees_all_equal_shapes_and_dtypes(carried, tx_low.init(low))
+    momentum = carried.inner_states["trained"].inner_state[3].trace
+    u, v = (np.asarray(low["layers_1"][name]["kernel"], np.float64) for name in "uv")
+    gradient = 1 + 1e-4 * np.asarray(params["layers_1"]["kernel"], np.float64)  # with the weight decay
+    np.testing.assert_allclose(momentum["layers_1"]["u"]["kernel"], gradient @ v.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(momentum["layers_1"]["v"]["kernel"], u.T @ gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pattern_that_freezes_nothing_is_refused():
+    tx = make_optimizer(optimizer_config(freeze=("fnn",)), optax.constant_schedule(0.1))
+    with pytest.raises(ConfigError, match="freeze: 'fnn' matches no layer with a kernel"):
+        tx.init({"ffn": {"kernel": jnp.ones((2, 2))}})
+
+
+def test_cross_entropy_of_a_distribution_is_the_mean_over_its_classes():
+    logits = jnp.array([[1.0, -2.0, 0.5]])
+    mixed = jnp.array([[0.7, 0.0, 0.3]])
+    for smoothing in (0.0, 0.1):
+        single = [
+            float(cross_entropy(logits, jnp.array([k]), label_smoothing=smoothing)[0]) for k in range(3)
+        ]
+        np.testing.assert_allclose(
+            cross_entropy(logits, mixed, label_smoothing=smoothing)[0],
+            0.7 * single[0] + 0.3 * single[2],
+            rtol=1e-6,
+        )

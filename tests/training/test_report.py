@@ -13,7 +13,7 @@ from cuttlefish_jax.training.report import duration, epoch_bar, plot_ranks, prog
 def test_a_line_has_what_was_measured():
     line = progress_line(
         epoch=4, epochs=100, phase="full_rank", train_loss=1.25, learning_rate=0.66,
-        examples_per_second=1234.5, seconds_left=59.0, test_loss=1.5, test_accuracy=0.5,
+        examples_per_second=1234.5, seconds_left=59.0, test_loss=1.5, test_score=0.5,
     )  # fmt: skip
     assert line == (
         "epoch   5/100  full rank  loss 1.2500  test loss 1.5000  accuracy 50.00 %  lr 0.66  "
@@ -67,8 +67,9 @@ def summary():
     return dict(
         method="cuttlefish", model="resnet18", dataset="cifar10", seed=0, epochs=300, switch_epoch=80,
         ranks={}, params_full=11_173_962, params_final=2_234_792, flops_full=1_110_845_440,
-        flops_final=555_422_720, test_accuracy=0.9466, best_test_accuracy=0.95, train_seconds=2513.8,
-        rank_seconds=2.0, switch_seconds=1.0, compile_seconds=61.0, examples_per_second_full=5000.0,
+        flops_final=555_422_720, params_trained=2_234_792, metric="accuracy", test_score=0.9466,
+        best_test_score=0.95, train_seconds=2513.8, rank_seconds=2.0, profile_seconds=0.0,
+        switch_seconds=1.0, compile_seconds=61.0, examples_per_second_full=5000.0,
         examples_per_second_low=7500.0, device="cpu",
     )  # fmt: skip
 
@@ -78,15 +79,23 @@ def test_the_summary_says_what_was_saved(summary):
     assert "resnet18 on cifar10, cuttlefish, seed 0" in text
     assert "11,173,962 -> 2,234,792 (5.00x fewer)" in text
     assert "300, switched before epoch 81" in text
-    assert "94.66 % (best 95.00 %)" in text
+    assert "test accuracy      94.66 % (best 95.00 %)" in text
     assert "5,000 full rank, 7,500 low rank (1.50x)" in text
     assert "training 41 min 54 s, stable ranks 2.0 s, switch 1.0 s, compilation 1 min 01 s" in text
 
 
+def test_the_summary_names_the_metric_and_what_is_frozen(summary):
+    summary |= dict(metric="matthews", params_trained=1_000_000, profile_seconds=3.0)
+    text = summary_table(summary)
+    assert "test matthews      94.66 %" in text
+    assert "(5.00x fewer), 1,000,000 of them trained\n" in text
+    assert "stable ranks 2.0 s, profile 3.0 s, switch" in text
+
+
 def test_the_summary_of_a_run_that_never_switched(summary):
     summary |= dict(
-        switch_epoch=None, params_final=11_173_962, flops_final=1_110_845_440,
-        examples_per_second_low=None, best_test_accuracy=None,
+        switch_epoch=None, params_final=11_173_962, params_trained=11_173_962, flops_final=1_110_845_440,
+        examples_per_second_low=None, best_test_score=None,
     )  # fmt: skip
     text = summary_table(summary)
     assert "never switched" in text

@@ -86,8 +86,8 @@ def load_dataset(data: Any) -> Dataset:
       >>> dataset = load_dataset(data)
       >>> len(dataset.train), len(dataset.validation), len(dataset.test)
       (1365, 72, 360)
-      >>> dataset.train[0]["image"].shape
-      (32, 32, 3)
+      >>> dataset.train.read(np.arange(2))["image"].shape
+      (2, 32, 32, 3)
     """
     if data.name not in DATASETS:
         near = difflib.get_close_matches(data.name, DATASETS)
@@ -101,22 +101,20 @@ def _load_digits(data: Any) -> Dataset:
 
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    everything = ArraySource(images, labels.astype(np.int32))
     trainable, tested = model_selection.train_test_split(
-        np.arange(len(everything)), test_size=0.2, random_state=0, stratify=labels
+        np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels
     )
     trainable, tested = np.asarray(trainable), np.asarray(tested)
-    original = everything.take(trainable).images / 255
-    fitted = ArraySource(
-        fit_images(images, image_size=data.image_size, channels=data.channels), everything.labels
-    )
+    original = images[trainable] / 255
+    fitted = fit_images(images, image_size=data.image_size, channels=data.channels)
+    everything = ArraySource({"image": fitted, "label": labels.astype(np.int32)})
     train, validation = _split(data, len(trainable))
     return Dataset(
         name=data.name,
         num_classes=10,
-        train=fitted.take(trainable[train]),
-        validation=fitted.take(trainable[validation]),
-        test=fitted.take(tested),
+        train=everything.take(trainable[train]),
+        validation=everything.take(trainable[validation]),
+        test=everything.take(tested),
         mean=_per_channel([original.mean()], data.channels),
         std=_per_channel([original.std()], data.channels),
     )
@@ -139,7 +137,7 @@ def _load_tfds(data: Any) -> Dataset:
         mean=_per_channel(spec.mean, data.channels),
         std=_per_channel(spec.std, data.channels),
     )
-    dataset.train[0]  # an image that does not fit is an error here, not in a reader thread
+    dataset.train.read(np.arange(1))  # an image that does not fit is an error here, not in a reader thread
     return dataset
 
 

@@ -1,11 +1,11 @@
 """From a data set to the batches of a pmapped step: one order of examples, and two ways to bring them.
 
 *On device*, the whole data set lies in the memory of every device, and a step is sent indices alone. *From
-the host*, grain reads the images ahead of time. Both ways, any number of hosts, and a run that was resumed
+the host*, grain reads the examples ahead of time. Both ways, any number of hosts, and a run that was resumed
 give the same examples to the same step. The step is compiled alike for both::
 
     def step(state, resident, batch):
-        examples = materialize(resident, batch)  # {"image", "label", "index"}
+        examples = materialize(resident, batch)  # e.g. {"image", "label", "index"}
         ...
 
     step = jax.pmap(step, axis_name="batch", in_axes=(None, None, 0), out_axes=(None, 0))
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cuttlefish_jax.training.data.sources import Source, in_memory
+from cuttlefish_jax.training.data.sources import Arrays, Source, in_memory
 from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream
 
 Devices = Sequence[Any]  # of jax.Device, which is no type to a type checker
@@ -36,15 +36,17 @@ def materialize(resident: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[s
 
     Args:
       resident: ``TrainInput.resident`` or ``EvalInput.resident``.
-      batch: one device's part of a batch: ``"index"`` ``int32[b]``, and the images and labels if they are
-        not resident.
+      batch: one device's part of a batch: ``"index"`` ``int32[b]``, and the source's arrays if they are not
+        resident.
 
     Returns:
-      The batch with ``"image"`` ``uint8[b, h, w, c]`` and ``"label"`` ``int32[b]``.
+      The batch with the source's arrays: ``"label"``, and e.g. ``"image"`` ``uint8[b, h, w, c]``.
     """
 
     def gather(array: Any) -> jax.Array:
-        return jnp.asarray(array).at[batch["index"]].get(mode="promise_in_bounds")
+        # Repetitions of an example count on from the number of examples.
+        position = batch["index"] % len(array)
+        return jnp.asarray(array).at[position].get(mode="promise_in_bounds")
 
     return {**batch, **{name: gather(array) for name, array in resident.items()}}
 
@@ -53,10 +55,12 @@ class TrainInput:
     """Training batches: every example at most once in an epoch, in an order of the seed and the epoch.
 
     An epoch has ``len(source) // batch_size`` steps; the few examples that are left over are others in
-    each epoch.
+    each epoch. With ``repeats`` each epoch has so many differently augmented copies of a part of the examples
+    instead (repeated augmentation, Hoffer et al., CVPR 2020): copy ``k`` of example ``i`` has the index
+    ``i + k * len(source)``.
 
     Attributes:
-      resident: ``{"image", "label"}`` on every device, or ``{}`` if the batches bring them.
+      resident: the source's arrays on every device, or ``{}`` if the batches bring them.
       steps_per_epoch: batches in an epoch.
     """
 
@@ -68,6 +72,7 @@ class TrainInput:
         seed: int,
         on_device: bool,
         workers: int = 0,
+        repeats: int = 1,
         process_index: int | None = None,
         process_count: int | None = None,
         devices: Devices | None = None,
@@ -80,6 +85,7 @@ class TrainInput:
           seed: of the order.
           on_device: whether the whole data set is kept in the memory of each device.
           workers: processes that read where it is not; 0 reads in threads.
+          repeats: copies of an example in an epoch that has it.
           process_index: of this host; default ``jax.process_index()``.
           process_count: number of hosts, each with as many devices; default ``jax.process_count()``.
           devices: of this host; default ``jax.local_devices()``.
@@ -92,7 +98,7 @@ class TrainInput:
             raise ValueError(f"{len(source)} training examples are less than one batch of {batch_size}")
         self.steps_per_epoch = len(source) // batch_size
         self.resident, read_from, sharding = _bring(source, on_device, devices)
-        make = functools.partial(_train_batch, read_from, share, len(source), seed)
+        make = functools.partial(_train_batch, read_from, share, len(source), seed, repeats)
         self._stream = Stream(make, sharding, workers=workers if read_from else 0)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -103,8 +109,8 @@ class TrainInput:
           start_step: the first step within the epoch; a resumed run goes on where it stopped.
 
         Yields:
-          ``{"index": int32[devices, per_device]}``, with ``"image"`` ``uint8[devices, per_device, h, w, c]``
-          and ``"label"`` ``int32[devices, per_device]`` if they are not resident.
+          ``{"index": int32[devices, per_device]}``, with the source's arrays, ``[devices, per_device, ...]``,
+          if they are not resident.
 
         Raises:
           ValueError: if the epoch has no such step.
@@ -125,7 +131,7 @@ class EvalInput:
     The last batch is filled up with copies of example 0 of weight 0.
 
     Attributes:
-      resident: ``{"image", "label"}`` on every device, or ``{}`` if the batches bring them.
+      resident: the source's arrays on every device, or ``{}`` if the batches bring them.
       num_steps: batches in one pass.
     """
 
@@ -200,11 +206,9 @@ class _Share:
             )
         return cls(batch_size, index, hosts, per_host)
 
-    def positions(self, step: int) -> np.ndarray:
-        """``int64[devices, per_device]``: the global batches one after another, this host's part of one."""
-        per_host = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * per_host
-        return np.arange(first, first + per_host).reshape(self.num_devices, -1)
+    def own(self, batch: np.ndarray) -> np.ndarray:
+        """``[batch_size]`` of a global batch -> ``[devices, per_device]``, this host's part of it."""
+        return batch.reshape(self.process_count, self.num_devices, -1)[self.process_index]
 
 
 def _bring(
@@ -215,20 +219,27 @@ def _bring(
     sharded = NamedSharding(mesh, PartitionSpec("batch"))
     if not on_device:
         return {}, source, sharded
-    arrays = in_memory(source)
     # Placed on all devices now: pmap would copy an array that lies on one device to the others every step.
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.device_put({"image": arrays.images, "label": arrays.labels}, everywhere), None, sharded
+    return jax.device_put(dict(in_memory(source).arrays), everywhere), None, sharded
 
 
-def _train_batch(source: Source | None, share: _Share, num_examples: int, seed: int, step: int) -> HostBatch:
+def _train_batch(
+    source: Source | None, share: _Share, num_examples: int, seed: int, repeats: int, step: int
+) -> HostBatch:
     epoch, step_in_epoch = divmod(step, num_examples // share.batch_size)
-    index = _epoch_order(num_examples, seed, epoch)[share.positions(step_in_epoch)]
-    return _with_examples(source, {"index": index})
+    first = step_in_epoch * share.batch_size
+    batch = _epoch_order(num_examples, seed, epoch, repeats)[first : first + share.batch_size]
+    index = share.own(batch)
+    if source is None:
+        return {"index": index}
+    seeds = [(seed, epoch, int(i)) for i in index.ravel()]
+    examples = source.read(index.ravel() % num_examples, seeds=seeds, batch=batch % num_examples)
+    return {"index": index, **_per_device(examples, index.shape)}
 
 
 @functools.lru_cache(maxsize=2)  # one epoch ends while the next is read ahead
-def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch_order(num_examples: int, seed: int, epoch: int, repeats: int) -> np.ndarray:
     """The examples in the order of one epoch, ``int32[num_examples]``.
 
     Not by ``grain.MapDataset.shuffle``: that takes 10 to 25 microseconds for each index, which is seconds for
@@ -237,24 +248,23 @@ def _epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
     order = np.random.RandomState(bits).permutation(num_examples).astype(np.int32)
+    copies = order[:, None] + num_examples * np.arange(repeats, dtype=np.int32)
+    order = copies.ravel()[:num_examples]
     order.setflags(write=False)
     return order
 
 
 def _eval_batch(source: Source | None, share: _Share, num_examples: int, step: int) -> HostBatch:
-    positions = share.positions(step % -(-num_examples // share.batch_size))
+    first = step % -(-num_examples // share.batch_size) * share.batch_size
+    positions = np.arange(first, first + share.batch_size)
     real = positions < num_examples
-    index = np.where(real, positions, 0).astype(np.int32)
-    return _with_examples(source, {"index": index, "weight": real.astype(np.float32)})
-
-
-def _with_examples(source: Source | None, batch: HostBatch) -> HostBatch:
+    batch = np.where(real, positions, 0).astype(np.int32)
+    index = share.own(batch)
+    filled = {"index": index, "weight": share.own(real.astype(np.float32))}
     if source is None:
-        return batch
-    index = batch["index"]
-    images, labels = source.read(index.ravel())
-    return {
-        **batch,
-        "image": images.reshape(*index.shape, *images.shape[1:]),
-        "label": labels.reshape(index.shape),
-    }
+        return filled
+    return filled | _per_device(source.read(index.ravel(), batch=batch), index.shape)
+
+
+def _per_device(examples: Arrays, shape: tuple[int, ...]) -> HostBatch:
+    return {name: array.reshape(*shape, *array.shape[1:]) for name, array in examples.items()}

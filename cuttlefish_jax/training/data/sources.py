@@ -1,36 +1,44 @@
-"""Random-access image data: in host memory, or read from disk example by example."""
+"""Random-access data: in host memory, or read from disk example by example."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 READ_AT_ONCE = 1024  # examples decoded by one call while a whole source is read into memory
 
-
-class Example(TypedDict):
-    """One image ``uint8[h, w, c]`` and its class."""
-
-    image: np.ndarray
-    label: int
+Arrays = dict[str, np.ndarray]  # of one length, "label" among them
+Seed = tuple[int, ...]
 
 
 class Source(Protocol):
-    """What the input pipeline reads from: examples by index, one by one or several at once."""
+    """What the input pipeline reads from: a number of examples, any of them at once."""
 
     def __len__(self) -> int:
         """Number of examples."""
         ...
 
-    def __getitem__(self, index: int) -> Example:
-        """The example at ``index``."""
-        ...
+    def read(
+        self,
+        indices: np.ndarray,
+        *,
+        seeds: Sequence[Seed] | None = None,
+        batch: np.ndarray | None = None,
+    ) -> Arrays:
+        """The examples at ``indices``.
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images ``uint8[b, h, w, c]`` and labels ``int32[b]`` at ``indices`` ``int[b]``."""
+        Args:
+          indices: ``int[b]``.
+          seeds: one for each example, of its random augmentation; None for evaluation, where there is none.
+          batch: the indices of the whole batch that these are a host's part of. What the shape of the arrays
+            depends on (the longest text) has to be taken from it, so that it is the same on all hosts.
+
+        Returns:
+          Arrays ``[b, ...]`` by name, ``"label"`` among them.
+        """
         ...
 
 
@@ -39,40 +47,43 @@ class ArraySource:
     """Examples in host memory.
 
     Attributes:
-      images: ``uint8[n, h, w, c]``.
-      labels: ``int32[n]``.
+      arrays: ``[n, ...]`` by name. ``"label"`` is ``int32[n]``, or ``float32[n]`` for regression; an
+        ``"image"`` is ``uint8[n, h, w, c]``.
 
     Raises:
       ValueError: if the arrays are not of these types, or not of one length.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    arrays: Mapping[str, np.ndarray]
 
     def __post_init__(self) -> None:
         """Checks what a compiled step would otherwise stumble over."""
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8[n, h, w, c], got {self.images.dtype}{self.images.shape}")
-        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != np.int32:
-            raise ValueError(
-                f"labels must be int32[{len(self.images)}], got {self.labels.dtype}{self.labels.shape}"
-            )
+        images, labels = self.arrays.get("image"), self.arrays["label"]
+        if images is not None and (images.ndim != 4 or images.dtype != np.uint8):
+            raise ValueError(f"images must be uint8[n, h, w, c], got {images.dtype}{images.shape}")
+        if labels.ndim != 1 or labels.dtype not in (np.int32, np.float32):
+            raise ValueError(f"labels must be int32[n] or float32[n], got {labels.dtype}{labels.shape}")
+        for name, array in self.arrays.items():
+            if len(array) != len(labels):
+                raise ValueError(f"{name!r} has {len(array)} examples, but there are {len(labels)} labels")
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(self.labels)
+        return len(self.arrays["label"])
 
-    def __getitem__(self, index: int) -> Example:
-        """The example at ``index``."""
-        return {"image": self.images[index], "label": int(self.labels[index])}
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images ``uint8[b, h, w, c]`` and labels ``int32[b]`` at ``indices``."""
-        return self.images[indices], self.labels[indices]
+    def read(
+        self,
+        indices: np.ndarray,
+        *,
+        seeds: Sequence[Seed] | None = None,
+        batch: np.ndarray | None = None,
+    ) -> Arrays:
+        """See :meth:`Source.read`."""
+        return {name: array[indices] for name, array in self.arrays.items()}
 
     def take(self, indices: np.ndarray) -> ArraySource:
         """The examples at ``indices``, in that order."""
-        return ArraySource(*self.read(indices))
+        return ArraySource(self.read(indices))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,20 +107,28 @@ class RecordSource:
         """Number of examples."""
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Example:
-        """The example at ``index``."""
-        images, labels = self.read(np.asarray([index]))
-        return {"image": images[0], "label": int(labels[0])}
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images ``uint8[b, h, w, c]`` and labels ``int32[b]`` at ``indices``."""
-        wanted = [int(i) for i in self.indices[indices]]
-        # TFDS and grain sources decode many records faster by this one call.
-        read_many = getattr(self.records, "__getitems__", None)
-        rows = read_many(wanted) if read_many else [self.records[i] for i in wanted]
+    def read(
+        self,
+        indices: np.ndarray,
+        *,
+        seeds: Sequence[Seed] | None = None,
+        batch: np.ndarray | None = None,
+    ) -> Arrays:
+        """See :meth:`Source.read`."""
+        rows = read_records(self.records, self.indices[indices])
         images = np.stack([row["image"] for row in rows])
         labels = np.asarray([row["label"] for row in rows], np.int32)
-        return fit_images(images, image_size=self.image_size, channels=self.channels), labels
+        return {
+            "image": fit_images(images, image_size=self.image_size, channels=self.channels),
+            "label": labels,
+        }
+
+
+def read_records(records: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
+    """Several records; TFDS and grain sources decode many faster by one call."""
+    wanted = [int(i) for i in indices]
+    read_many = getattr(records, "__getitems__", None)
+    return read_many(wanted) if read_many else [records[i] for i in wanted]
 
 
 def in_memory(source: Source) -> ArraySource:
@@ -118,7 +137,21 @@ def in_memory(source: Source) -> ArraySource:
         return source
     starts = range(0, len(source), READ_AT_ONCE)
     parts = [source.read(np.arange(i, min(i + READ_AT_ONCE, len(source)))) for i in starts]
-    return ArraySource(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return ArraySource({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def check_labels(labels: np.ndarray, num_classes: int, *, where: str) -> None:
+    """Refuses labels that are no class; a compiled loss would take them without a word.
+
+    Raises:
+      ValueError: names the first bad one.
+    """
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise ValueError(
+            f"{where}: example {bad[0]} has label {labels[bad[0]]}, expected 0 to {num_classes - 1} "
+            f"({len(bad)} of {len(labels)} are out of range)"
+        )
 
 
 def fit_images(images: np.ndarray, *, image_size: int, channels: int) -> np.ndarray:

@@ -19,17 +19,19 @@ def data_config(name, **settings):
 
 def rows(source):
     """The examples as a set: their pixels and labels."""
-    everything = in_memory(source)
+    everything = in_memory(source).arrays
     return {
         (image.tobytes(), int(label))
-        for image, label in zip(everything.images, everything.labels, strict=True)
+        for image, label in zip(everything["image"], everything["label"], strict=True)
     }
 
 
 def test_digits_is_the_whole_of_a_real_data_set():
     dataset = load_dataset(data_config("digits"))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (1365, 72, 360)
-    images = np.concatenate([in_memory(s).images for s in (dataset.train, dataset.validation, dataset.test)])
+    images = np.concatenate(
+        [in_memory(s).arrays["image"] for s in (dataset.train, dataset.validation, dataset.test)]
+    )
     assert images.shape == (1797, 32, 32, 3)
     assert images.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 255)
@@ -38,7 +40,7 @@ def test_digits_is_the_whole_of_a_real_data_set():
 
 def test_digits_test_set_is_stratified_and_apart_from_the_training_data():
     dataset = load_dataset(data_config("digits"))
-    counts = np.bincount(in_memory(dataset.test).labels)
+    counts = np.bincount(in_memory(dataset.test).arrays["label"])
     assert counts.min() >= 34
     assert counts.max() <= 37
     assert not rows(dataset.test) & rows(dataset.train)
@@ -48,11 +50,11 @@ def test_digits_test_set_is_stratified_and_apart_from_the_training_data():
 def test_digits_are_enlarged_and_their_statistics_are_of_the_original():
     small = load_dataset(data_config("digits", image_size=8, channels=1))
     large = load_dataset(data_config("digits", image_size=32, channels=3))
-    pixels = in_memory(small.train).images
-    np.testing.assert_array_equal(in_memory(large.train).images[:, 2::4, 1::4, 2], pixels[..., 0])
+    pixels = in_memory(small.train).arrays["image"]
+    np.testing.assert_array_equal(in_memory(large.train).arrays["image"][:, 2::4, 1::4, 2], pixels[..., 0])
     assert large.mean == small.mean * 3
     assert large.std == small.std * 3
-    everything = np.concatenate([pixels, in_memory(small.validation).images]) / 255
+    everything = np.concatenate([pixels, in_memory(small.validation).arrays["image"]]) / 255
     np.testing.assert_allclose(small.mean, everything.mean())
     np.testing.assert_allclose(small.std, everything.std())
 
@@ -79,26 +81,27 @@ def test_prepared_records_are_read_without_tensorflow(prepared, made_up_image):
     dataset = load_dataset(data_config("fashion_mnist", data_dir=prepared, validation_examples=10))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (30, 10, 10)
     assert not rows(dataset.validation) & rows(dataset.train)
+    tested = dataset.test.read(np.arange(10))
     for i in range(10):
-        example = dataset.test[i]
         expected = np.zeros((32, 32, 3), np.uint8)
         expected[2:30, 2:30] = made_up_image(40 + i)
-        np.testing.assert_array_equal(example["image"], expected)
-        assert example["label"] == i
+        np.testing.assert_array_equal(tested["image"][i], expected)
+        assert tested["label"][i] == i
     assert dataset.mean == (0.2860,) * 3
 
 
 def test_records_one_by_one_at_once_and_pickled_are_the_same(prepared):
     train = load_dataset(data_config("fashion_mnist", data_dir=prepared)).train
     indices = np.array([7, 0, 7, 30])
-    images, labels = train.read(indices)
-    assert images.dtype == np.uint8
-    assert labels.dtype == np.int32
+    read = train.read(indices)
+    assert read["image"].dtype == np.uint8
+    assert read["label"].dtype == np.int32
     copied = pickle.loads(pickle.dumps(train))
     for i, index in enumerate(indices):
         for source in (train, copied, in_memory(train)):
-            np.testing.assert_array_equal(source[index]["image"], images[i])
-            assert source[index]["label"] == labels[i]
+            (one,) = zip(*source.read(np.array([index])).values(), strict=True)
+            np.testing.assert_array_equal(one[0], read["image"][i])
+            assert one[1] == read["label"][i]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist"])
@@ -164,9 +167,11 @@ def test_coloured_images_do_not_become_grey():
 
 
 def test_array_source_refuses_other_types():
-    with pytest.raises(ValueError, match=r"images must be uint8\[n, h, w, c\], got float32"):
-        ArraySource(np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, np.int32))
-    with pytest.raises(ValueError, match=r"labels must be int32\[2\], got int64\(2,\)"):
-        ArraySource(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64))
-    with pytest.raises(ValueError, match=r"labels must be int32\[2\], got int32\(3,\)"):
-        ArraySource(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, np.int32))
+    def refuse(image, label, message):
+        with pytest.raises(ValueError, match=message):
+            ArraySource({"image": image, "label": label})
+
+    images, labels = np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int32)
+    refuse(images.astype(np.float32), labels, r"images must be uint8\[n, h, w, c\], got float32")
+    refuse(images, labels.astype(np.int64), r"labels must be int32\[n\] or float32\[n\], got int64\(2,\)")
+    refuse(images, np.zeros(3, np.int32), "'image' has 2 examples, but there are 3 labels")

@@ -18,7 +18,7 @@ def source():
     """Examples that can be told apart: pixel [0, 0, 0] is the index."""
     images = np.random.default_rng(0).integers(0, 256, (NUM, 4, 4, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(NUM)
-    return ArraySource(images, np.arange(NUM, dtype=np.int32) * 7 % 10)
+    return ArraySource({"image": images, "label": np.arange(NUM, dtype=np.int32) * 7 % 10})
 
 
 def train_input(source, **options):
@@ -60,15 +60,57 @@ def test_the_order_is_given_by_the_seed(source):
 
 def test_the_order_is_shuffled_well():
     """The rank correlation of positions and indices is that of random permutations."""
-    images = np.zeros((5000, 1, 1, 1), np.uint8)
-    pipeline = TrainInput(
-        ArraySource(images, np.zeros(5000, np.int32)), batch_size=1000, seed=0, on_device=True
-    )
+    images, labels = np.zeros((5000, 1, 1, 1), np.uint8), np.zeros(5000, np.int32)
+    source = ArraySource({"image": images, "label": labels})
+    pipeline = TrainInput(source, batch_size=1000, seed=0, on_device=True)
     for epoch in range(3):
         order = np.concatenate(indices(pipeline.epoch(epoch)), axis=None)
         # Standard deviation 1 / sqrt(5000) = 0.014.
         assert abs(np.corrcoef(order, np.arange(5000))[0, 1]) < 0.06
         assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_repeated_augmentation_has_copies_of_a_part_of_the_examples(source, on_device):
+    pipeline = train_input(source, repeats=3, on_device=on_device)
+    assert pipeline.steps_per_epoch == 3
+    seen = []
+    for batch in examples(pipeline, pipeline.epoch(0)):
+        np.testing.assert_array_equal(batch["image"][..., 0, 0, 0], batch["index"] % NUM)
+        seen += batch["index"].ravel().tolist()
+    assert len(set(seen)) == 48  # every copy has an index of its own, and with it an augmentation
+    assert {i // NUM for i in seen} == {0, 1, 2}
+    counts = np.bincount(np.asarray(seen) % NUM, minlength=NUM)
+    assert sorted(counts[counts > 0].tolist()) == [3] * 16
+    # Copies are neighbours, so that they fall to one batch.
+    assert seen[0] % NUM == seen[1] % NUM == seen[2] % NUM
+
+
+def test_readers_are_told_seeds_and_the_whole_batch(source):
+    calls = []
+
+    class Telling:
+        def __len__(self):
+            return NUM
+
+        def read(self, indices, *, seeds=None, batch=None):
+            calls.append((indices, seeds, batch))
+            return source.read(indices)
+
+    half = dict(process_index=1, process_count=2, devices=jax.local_devices()[:4], on_device=False)
+    (index,) = indices([next(train_input(Telling(), seed=5, repeats=2, **half).epoch(1))])
+    own, seeds, batch = calls[0]
+    np.testing.assert_array_equal(own, index.ravel() % NUM)
+    assert seeds == [(5, 1, i) for i in index.ravel().tolist()]
+    assert len(batch) == BATCH
+    np.testing.assert_array_equal(batch[BATCH // 2 :], own)
+
+    calls.clear()
+    next(EvalInput(Telling(), batch_size=BATCH, **half).batches())
+    own, seeds, batch = calls[0]
+    assert seeds is None
+    np.testing.assert_array_equal(batch, np.arange(BATCH))
+    np.testing.assert_array_equal(own, np.arange(BATCH // 2, BATCH))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -111,8 +153,8 @@ def test_both_ways_give_the_same_examples_to_the_same_step(source, epoch):
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
             assert ours[name].dtype == theirs[name].dtype
-        np.testing.assert_array_equal(ours["image"], source.images[ours["index"]])
-        np.testing.assert_array_equal(ours["label"], source.labels[ours["index"]])
+        np.testing.assert_array_equal(ours["image"], source.arrays["image"][ours["index"]])
+        np.testing.assert_array_equal(ours["label"], source.arrays["label"][ours["index"]])
 
 
 def test_records_read_from_disk_are_the_same_on_device_and_from_the_host(prepared):
@@ -197,7 +239,9 @@ def test_steps_are_compiled_once(source, on_device):
     totals = []
     for epoch in range(2):
         for batch in pipeline.epoch(epoch):
-            totals.append((float(compiled(pipeline.resident, batch)), source.images[batch["index"]].sum()))
+            totals.append(
+                (float(compiled(pipeline.resident, batch)), source.arrays["image"][batch["index"]].sum())
+            )
     assert len(totals) == 6
     assert len(traces) == 1
     for got, expected in totals:
@@ -241,8 +285,8 @@ def test_evaluation_covers_every_example_once(source, hosts, on_device, num):
             assert set(weight.ravel().tolist()) <= {0.0, 1.0}
             seen += index[weight == 1].tolist()
             if not on_device:
-                np.testing.assert_array_equal(batch["image"], source.images[index])
-                np.testing.assert_array_equal(batch["label"], source.labels[index])
+                np.testing.assert_array_equal(batch["image"], source.arrays["image"][index])
+                np.testing.assert_array_equal(batch["label"], source.arrays["label"][index])
     assert sorted(seen) == list(range(num))
 
 

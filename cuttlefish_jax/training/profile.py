@@ -1,0 +1,73 @@
+"""Which layers get faster on this device when they are factorized: measured once for a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import cuttlefish_jax as cf
+from cuttlefish_jax.training.errors import WorkdirError
+
+if TYPE_CHECKING:
+    from cuttlefish_jax.training.experiment import Experiment
+    from cuttlefish_jax.training.workdir import Workdir
+
+_FILE = "profile.json"
+
+
+def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
+    """The run's profile: that in its working directory, or one that is measured now and kept there.
+
+    The first host measures, or reads, for all of them, so that all make the same plan.
+
+    Args:
+      experiment: the run.
+      directory: its working directory.
+
+    Raises:
+      WorkdirError: if the file in the directory is no profile.
+    """
+    text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
+    profile = cf.KernelProfile.from_json(_broadcast(text))
+    if jax.process_index() == 0:
+        print(f"{profile.report()}\n", flush=True)
+    return profile
+
+
+def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
+    file = directory.path / _FILE
+    if (document := directory.read_json(_FILE)) is not None:
+        try:
+            return cf.KernelProfile.from_json(json.dumps(document)).to_json()
+        except ValueError as error:
+            raise WorkdirError(f"{file}: {error}. Delete the file to measure again") from error
+    config = experiment.config
+    per_device = config.batch_size // jax.device_count()
+    inputs = [jax.ShapeDtypeStruct((per_device, *x.shape[1:]), x.dtype) for x in experiment.task.inputs]
+    profile = cf.profile_kernels(
+        experiment.model, *inputs, ratio=config.profile.ratio, progress=_say, train=False
+    )
+    text = profile.to_json()
+    directory.write_json(_FILE, json.loads(text))
+    return text
+
+
+def _say(done: int, total: int, what: str) -> None:
+    # On standard error, as the bars of the epochs: standard output has results only.
+    print(f"measuring what factorizing saves, {done}/{total}: {what}", file=sys.stderr, flush=True)
+
+
+def _broadcast(text: str) -> str:
+    """The first host's text, on all hosts."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(encoded), np.int32)))
+    padded = np.zeros(length, np.uint8)
+    padded[: len(encoded)] = encoded[:length]
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().decode()

@@ -1,0 +1,43 @@
+"""Classification of images."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cuttlefish_jax.training.config import Config
+from cuttlefish_jax.training.data import load_dataset, make_preprocess
+from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.tasks.task import Examples, Inputs, Task
+
+
+def load_images(config: Config) -> Task:
+    """The task of the data set that ``config.data`` names.
+
+    Args:
+      config: a run's configuration; ``data`` and ``loss`` are used.
+
+    Raises:
+      ValueError: see :func:`cuttlefish_jax.training.data.load_dataset`.
+    """
+    data = config.data
+    dataset = load_dataset(data)
+    preprocess, preprocess_eval = make_preprocess(data, dataset.mean, dataset.std)
+
+    def train_inputs(key: jax.Array, examples: Examples) -> tuple[Inputs, jax.Array]:
+        return (preprocess(key, examples["image"], examples["index"]),), examples["label"]
+
+    return Task(
+        num_outputs=dataset.num_classes,
+        inputs=(jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32),),
+        train=dataset.train,
+        evaluation={"validation": dataset.validation, "test": dataset.test},
+        train_inputs=train_inputs,
+        eval_inputs=lambda examples: (preprocess_eval(examples["image"]),),
+        train_loss=functools.partial(cross_entropy, label_smoothing=config.loss.label_smoothing),
+        eval_loss=cross_entropy,
+        predict=lambda logits: jnp.argmax(logits, axis=-1),
+        metrics=("accuracy",),
+    )
