@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cuttlefish_jax.text_table import align
+
 if TYPE_CHECKING:
     from cuttlefish_jax.plan import FactorizationPlan
 
@@ -23,16 +25,7 @@ def plan_table(plan: FactorizationPlan) -> str:
             factors = f"{kernel.num_params(rank):,}"
             rows.append((path or "(root)", shape, str(rank), str(kernel.max_rank), full, factors, ""))
     rows += [(path, "", "-", "", "", "", reason) for path, reason in plan.kernels.skipped.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    right = {2, 3, 4, 5}
-    lines = [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in [*lines, "", _totals(plan)])
+    return "\n".join([*align(rows, right={2, 3, 4, 5}), "", _totals(plan)])
 
 
 def _totals(plan: FactorizationPlan) -> str:
