@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,8 +83,8 @@ def load_pretrained(
     places = {path: _place(naming, name, path) for path in leaves}
     kept = {path for path in leaves if _matches(_ours(path), fresh)}
     _check_patterns("fresh", fresh, [_ours(path) for path in leaves])
-    for path in kept:
-        if isinstance(leaves[path], jax.ShapeDtypeStruct):
+    for path, leaf in leaves.items():
+        if path in kept and isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{_ours(path)!r} is to be fresh, but has no value: give arrays, not shapes")
     with open_checkpoint(source) as checkpoint:
         _check_patterns("unused", unused, checkpoint.names)
@@ -117,7 +118,8 @@ def _check_patterns(option: str, patterns: Sequence[str], names: Sequence[str]) 
         raise ValueError(f"{option} is {patterns!r}; give a list of patterns")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{option} {pattern!r} matches nothing; there are {_listed(names)}")
+            near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+            raise ValueError(f"{option} {pattern!r} matches nothing; near it: {near}")
 
 
 def _place(naming: Naming, name: str, path: KeyPath) -> Tensor:

@@ -39,6 +39,7 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor itself."""
+        # bfloat16 is a name that NumPy knows since JAX has imported ml_dtypes.
         return self._tensors[name][1].get_tensor(name)
 
     def _slice(self, name: str) -> Any:
