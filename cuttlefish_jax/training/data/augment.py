@@ -223,13 +223,12 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """A random resized crop, mirrored or not, then RandAugment and colour jitter.
+    """A random resized crop, then RandAugment and colour jitter. Mirroring is left to the device.
 
     Attributes:
       size: height and width of the result.
       scale: area of the crop, least and greatest, as a share of the image's.
       interpolation: "bilinear" or "bicubic".
-      flip: whether half of the images are mirrored left and right.
       randaugment: None is without.
       color_jitter: amount, see :func:`color_jitter`; 0 is without.
       fill: colour of what RandAugment brings in from outside the image: the data set's mean.
@@ -241,10 +240,9 @@ class TrainTransform:
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     interpolation: str = "bilinear"
-    flip: bool = True
     randaugment: RandAugment | None = None
     color_jitter: float = 0.0
-    fill: tuple[int, int, int] = (124, 116, 104)
+    fill: tuple[int, int, int] = (128, 128, 128)
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -256,8 +254,6 @@ class TrainTransform:
         """RGB of ``size`` x ``size``; ``rng`` is advanced."""
         box = random_crop_box(rng, *image.size, scale=self.scale)
         image = crop_and_resize(image, box, self.size, interpolation=self.interpolation)
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.randaugment is not None:
             image = self.randaugment(image, rng, interpolation=self.interpolation, fill=self.fill)
         return color_jitter(image, rng, self.color_jitter) if self.color_jitter else image

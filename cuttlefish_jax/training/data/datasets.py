@@ -141,8 +141,11 @@ def _load_tfds(data: Any) -> Dataset:
     return dataset
 
 
-def _open_records(name: str, split: str, data_dir: str) -> Sequence[Any]:
-    """The prepared records of a TFDS split; never starts a download, as ``tfds.data_source`` would."""
+def _open_records(name: str, split: str, data_dir: str, *, encoded: Sequence[str] = ()) -> Sequence[Any]:
+    """The prepared records of a TFDS split; never starts a download, as ``tfds.data_source`` would.
+
+    Features named in ``encoded`` are left as they lie on disk.
+    """
     import tensorflow_datasets as tfds  # a second and more to import: not for those who use "digits"
 
     builder = tfds.builder(name, data_dir=data_dir or None)
@@ -150,7 +153,8 @@ def _open_records(name: str, split: str, data_dir: str) -> Sequence[Any]:
         raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, f"not in {builder.data_dir}"))
     try:
         # A decorator of TFDS hides the parameters from the type checker.
-        return builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]
+        decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
+        return builder.as_data_source(split=split, decoders=decoders)  # pyright: ignore[reportCallIssue]
     except NotImplementedError as error:
         found = f"in {builder.data_dir}, but not as array_record; choose another data_dir"
         raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, found)) from error
