@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from cuttlefish_jax.models import resnet
+from cuttlefish_jax.models import bert, resmlp, resnet, vgg, vit
 
 # To add a network: a function of keyword arguments, num_classes among them, that returns a module.
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
@@ -20,6 +20,14 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "resnet50": resnet.resnet50,
         "resnet101": resnet.resnet101,
         "wide_resnet50_2": resnet.wide_resnet50_2,
+        "vgg19": vgg.vgg19,
+        "deit_tiny": vit.deit_tiny,
+        "deit_small": vit.deit_small,
+        "deit_base": vit.deit_base,
+        "resmlp_s12": resmlp.resmlp_s12,
+        "resmlp_s24": resmlp.resmlp_s24,
+        "resmlp_s36": resmlp.resmlp_s36,
+        "bert_base": bert.bert_base,
     }
 )
 
@@ -33,7 +41,8 @@ def create_model(name: str, *, num_classes: int, **options: Any) -> nn.Module:
       **options: what the network's own function in ``MODELS`` takes, e.g. ``width=16``.
 
     Returns:
-      A Linen module, called as ``model(x, train=False)``; it returns logits ``f32[batch, num_classes]``.
+      A Linen module, called as ``model(*inputs, train=False)``, with images ``f32[batch, h, w, channels]``
+      or what BERT takes; it returns logits ``f32[batch, num_classes]``.
 
     Raises:
       ValueError: if there is no such network, or it has no such option, or an option's value is wrong.

@@ -7,70 +7,17 @@ References:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-# torch's default for convolutions and dense layers: uniform in +-1/sqrt(fan_in).
-torch_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-KERNEL_INITS = {
-    "cifar": torch_uniform,
-    "imagenet": nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-}
+from cuttlefish_jax.models.layers import KERNEL_INITS, ConvLayers, check_positive, check_stem, floating
 
 
-class Layers(nn.Module):
-    """Base of the modules below: the settings that all their layers share.
-
-    Attributes:
-      dtype: of the computation; parameters and batch statistics are float32.
-      norm_axis_name: the pmap axis over which batch statistics are averaged; None: on each device alone.
-      kernel_init: initializer of the convolutions.
-    """
-
-    dtype: DTypeLike = jnp.float32
-    norm_axis_name: str | None = None
-    kernel_init: Callable[..., jax.Array] = torch_uniform
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """The settings, for the construction of a submodule that is one of these, too."""
-        return dict(dtype=self.dtype, norm_axis_name=self.norm_axis_name, kernel_init=self.kernel_init)
-
-    def conv(self, features: int, window: int, stride: int, name: str) -> nn.Conv:
-        """A square convolution without bias.
-
-        Padded by ``window // 2`` on both sides as in torch; "SAME" pads otherwise where the stride is 2.
-        """
-        return nn.Conv(
-            features,
-            (window, window),
-            (stride, stride),
-            padding=window // 2,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=self.kernel_init,
-            name=name,
-        )
-
-    def norm(self, train: bool, name: str) -> nn.BatchNorm:
-        """Batch normalisation; Flax's momentum 0.9 is torch's 0.1."""
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=self.dtype,
-            axis_name=self.norm_axis_name,
-            name=name,
-        )
-
-
-class Block(Layers):
+class Block(ConvLayers):
     """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with a bottleneck.
 
     Attributes:
@@ -105,7 +52,7 @@ class Block(Layers):
         return nn.relu(x + y)
 
 
-class Stage(Layers):
+class Stage(ConvLayers):
     """Blocks of one resolution; the first has the stride.
 
     Attributes:
@@ -137,7 +84,7 @@ class Stage(Layers):
         return x
 
 
-class ResNet(Layers):
+class ResNet(ConvLayers):
     """A residual network. Channels double and the resolution halves from one stage to the next.
 
     Attributes:
@@ -179,22 +126,8 @@ class ResNet(Layers):
                 name=f"stage{i + 1}",
             )(x, train)
         x = x.mean((1, 2))
-        x = nn.Dense(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=torch_uniform,
-            bias_init=functools.partial(_bias_uniform, fan_in=x.shape[-1]),
-            name="classifier",
-        )(x)
+        x = self.torch_dense(self.num_classes, fan_in=x.shape[-1], name="classifier")(x)
         return x.astype(jnp.float32)
-
-
-def _bias_uniform(
-    key: ArrayLike, shape: Sequence[int], dtype: DTypeLike = jnp.float32, *, fan_in: int
-) -> jax.Array:
-    """torch's default for the bias of a dense layer: uniform in +-1/sqrt(fan_in)."""
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 
 
 def _constructor(
@@ -203,8 +136,8 @@ def _constructor(
     def resnet(
         *,
         num_classes: int,
-        stem: str = "cifar",
-        width: int = 64,
+        stem: str = "",
+        width: int = 0,
         stage_sizes: Sequence[int] = (),
         dtype: DTypeLike = "float32",
         norm_axis_name: str | None = None,
@@ -214,7 +147,8 @@ def _constructor(
         Args:
           num_classes: length of the logits.
           stem: ``"cifar"`` or ``"imagenet"``; it also chooses the initialization its literature uses.
-          width: channels of the first stage.
+            ``""`` is the network's own, ``"cifar"``.
+          width: channels of the first stage; ``0`` is the network's own, 64.
           stage_sizes: blocks in each stage, of any number of stages; ``()`` is the network's own.
           dtype: of the computation, e.g. ``"bfloat16"``.
           norm_axis_name: axis of a pmap over which batch statistics are averaged.
@@ -222,13 +156,11 @@ def _constructor(
         Raises:
           ValueError: if ``stem`` is neither, or a size is not positive, or ``dtype`` is not floating-point.
         """
-        if stem not in KERNEL_INITS:
-            raise ValueError(f"stem is {stem!r}; choose from {', '.join(KERNEL_INITS)}")
+        stem = stem or "cifar"
+        width = width or 64
         sizes = tuple(stage_sizes) or default_sizes
-        if width < 1 or num_classes < 1 or min(sizes) < 1:
-            raise ValueError(
-                f"sizes must be positive: num_classes={num_classes}, width={width}, stage_sizes={sizes}"
-            )
+        check_stem(stem)
+        check_positive(num_classes=num_classes, width=width, stage_sizes=sizes)
         return ResNet(
             num_classes=num_classes,
             stage_sizes=sizes,
@@ -236,22 +168,12 @@ def _constructor(
             widening=widening,
             stem=stem,
             width=width,
-            dtype=_floating(dtype),
+            dtype=floating(dtype),
             norm_axis_name=norm_axis_name,
             kernel_init=KERNEL_INITS[stem],
         )
 
     return resnet
-
-
-def _floating(dtype: DTypeLike) -> jnp.dtype:
-    try:
-        resolved = jnp.dtype(dtype)
-    except TypeError:
-        resolved = None
-    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
-        raise ValueError(f"dtype is {dtype!r}; choose a floating-point one, e.g. float32 or bfloat16")
-    return resolved
 
 
 resnet18 = _constructor((2, 2, 2, 2))

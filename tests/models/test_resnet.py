@@ -1,32 +1,14 @@
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from cuttlefish_jax.models import MODELS, create_model
+from cuttlefish_jax.models import create_model
 
 
 def init_shapes(model, size=32):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
-
-
-@pytest.mark.parametrize(
-    ("name", "stem", "num_classes", "expected"),
-    [
-        ("resnet18", "cifar", 10, 11_173_962),
-        ("resnet18", "imagenet", 1000, 11_689_512),
-        ("resnet34", "imagenet", 1000, 21_797_672),
-        ("resnet50", "imagenet", 1000, 25_557_032),
-        ("resnet101", "imagenet", 1000, 44_549_160),
-        ("wide_resnet50_2", "imagenet", 1000, 68_883_240),
-    ],
-)
-def test_parameter_count(name, stem, num_classes, expected):
-    params = init_shapes(create_model(name, num_classes=num_classes, stem=stem))["params"]
-    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == expected
 
 
 def test_paths_and_shapes_of_a_basic_network():
@@ -183,7 +165,7 @@ def test_synchronised_batch_norm_sees_the_batches_of_all_devices():
         ("resnet18", {"stem": "mnist"}, "stem is 'mnist'; choose from cifar, imagenet"),
         ("resnet18", {"dtype": "int8"}, "dtype is 'int8'"),
         ("resnet18", {"dtype": "float33"}, "dtype is 'float33'"),
-        ("resnet18", {"width": 0}, "sizes must be positive"),
+        ("resnet18", {"width": -1}, "sizes must be positive: num_classes=10, width=-1"),
         ("resnet18", {"stage_sizes": (2, 0)}, "sizes must be positive"),
     ],
 )
@@ -193,8 +175,7 @@ def test_what_does_not_exist_is_named(name, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_models_are_hashable_and_equal_by_options():
-    for name in MODELS:
-        first, second = (create_model(name, num_classes=10, stage_sizes=[1, 1]) for _ in range(2))
-        assert first == second
-        assert hash(first) == hash(second)
+def test_zero_and_nothing_are_the_networks_own():
+    unset = create_model("resnet34", num_classes=10, width=0, stem="", stage_sizes=())
+    assert unset == create_model("resnet34", num_classes=10)
+    assert unset == create_model("resnet34", num_classes=10, width=64, stem="cifar", stage_sizes=(3, 4, 6, 3))
