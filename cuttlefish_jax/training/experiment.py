@@ -64,6 +64,7 @@ class Experiment:
             task = load_task(config)
         with _settings("config.model"):
             model = _create_model(config.model, task)
+            task.check_model(model)
         data = config.data
         placement = dict(batch_size=config.batch_size, on_device=data.on_device, workers=data.workers)
         with _settings("config.batch_size"):
