@@ -165,6 +165,19 @@ def test_the_pipeline_reads_it(prepared, workers):
         evaluation.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_its_errors_come_through_the_pipeline(prepared, workers):
+    few_classes = dataclasses.replace(load_imagenet(data_config(data_dir=prepared)).train, num_classes=2)
+    train = TrainInput(few_classes, batch_size=8, seed=0, on_device=False, workers=workers)
+    try:
+        with pytest.raises(
+            DataError, match=r"^record \d+ \(n\d+.JPEG\) has label \d+, expected 0 to 1: prepare"
+        ):
+            next(train.epoch(0))
+    finally:
+        train.close()
+
+
 def test_the_configuration_becomes_transforms():
     settings = dict(interpolation="bicubic", randaugment="m7-mstd0.5-inc1", crop_ratio=0.9, color_jitter=0.4)
     training, evaluation = transforms(data_config(**settings))
