@@ -131,7 +131,7 @@ def random_erasing(
     timm's ``RandomErasing`` of mode "pixel".
 
     Args:
-      key: of the step.
+      key: of the step, for this alone.
       images: ``f32[b, h, w, c]``, normalised.
       index: ``int32[b]``, the examples' numbers; each draws from ``key`` and its number.
       probability: with which an image has a box.
