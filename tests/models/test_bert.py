@@ -12,6 +12,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.models.bert import bert_base
 
 SMALL = dict(vocab_size=50, width=12, depth=2, heads=3, ffn_width=20, max_length=16)
+SHALLOW = SMALL | dict(depth=1)
 CONFIG = dict(
     model_type="bert",
     vocab_size=50,
@@ -97,7 +98,7 @@ def test_parameter_count_factorized_as_in_the_paper():
 
 
 def test_paths_and_shapes():
-    model = bert_base(num_classes=3, **(SMALL | dict(depth=1)))
+    model = bert_base(num_classes=3, **SHALLOW)
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS.update(shape=(1, 5)))["params"]
     square, norm = {"kernel": (12, 12), "bias": (12,)}, {"scale": (12,), "bias": (12,)}
     assert jax.tree.map(lambda leaf: leaf.shape, params) == {
@@ -158,7 +159,7 @@ def test_padding_has_no_influence():
 
 
 def test_dropout_in_training_alone():
-    model = bert_base(num_classes=2, **SMALL)
+    model = bert_base(num_classes=2, **SHALLOW)
     variables = random_variables(model)
 
     def train_mode(model):
@@ -168,14 +169,14 @@ def test_dropout_in_training_alone():
 
     logits = train_mode(model)
     assert jnp.abs(logits(1) - logits(2)).max() > 1e-3
-    without = train_mode(bert_base(num_classes=2, **SMALL, dropout=0.0))
+    without = train_mode(bert_base(num_classes=2, **SHALLOW, dropout=0.0))
     np.testing.assert_allclose(without(1), model.apply(variables, *inputs()), rtol=1e-5)
 
 
 def test_every_dropout_has_its_own_rate(tmp_path):
     rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     for key in rates:
-        (tmp_path / "config.json").write_text(json.dumps(CONFIG | rates | {key: 0.5}))
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | rates | {key: 0.5, "num_hidden_layers": 1}))
         model = bert_base(num_classes=2, config_file=tmp_path)
         variables = random_variables(model)
         noisy = model.apply(variables, *inputs(), train=True, rngs={"dropout": jax.random.key(1)})
@@ -184,11 +185,11 @@ def test_every_dropout_has_its_own_rate(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_logits_and_parameters_are_float32_whatever_the_computation(dtype):
-    model = bert_base(num_classes=2, **SMALL, dtype=dtype)
+    model = bert_base(num_classes=2, **SHALLOW, dtype=dtype)
     variables = jax.jit(model.init)(jax.random.key(0), *inputs())
     logits, captured = model.apply(variables, *inputs(), capture_intermediates=True)
     assert logits.dtype == jnp.float32
-    assert captured["intermediates"]["layer2"]["__call__"][0].dtype == jnp.dtype(dtype)
+    assert captured["intermediates"]["layer1"]["__call__"][0].dtype == jnp.dtype(dtype)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
@@ -204,7 +205,7 @@ def test_initialization():
 
 
 def test_factorizing_at_full_rank_leaves_the_logits_and_training_works():
-    model = bert_base(num_classes=2, **(SMALL | dict(depth=1)))
+    model = bert_base(num_classes=2, **SHALLOW)
     variables = random_variables(model)
     kernels = cf.find_kernels(model, *inputs())
     plan = cf.FactorizationPlan.from_ranks(kernels, {p: k.max_rank for p, k in kernels.items()})
