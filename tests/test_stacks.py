@@ -46,6 +46,23 @@ def test_resnets(name, size, options, expected):
     assert stacks_of(model, *images(size), train=False) == {"stem_conv": 1, **expected, "classifier": 1}
 
 
+def test_vgg():
+    model = create_model("vgg19", num_classes=10, width=4)
+    convs = {f"stage{i}": number for i, number in enumerate((2, 2, 4, 4, 4), start=1)}
+    assert stacks_of(model, *images(32), train=False) == {**convs, "classifier": 1}
+
+
+def test_transformers():
+    for name, options, in_block in (("deit_tiny", {"heads": 2}, 4), ("resmlp_s12", {}, 3)):
+        model = create_model(name, num_classes=10, width=8, depth=5, patch=8, **options)
+        expected = {"patch_embed": 1, "block": 5 * in_block, "head": 1}
+        assert stacks_of(model, *images(32), train=False) == expected
+    sizes = dict(vocab_size=20, width=8, depth=3, heads=2, ffn_width=16, max_length=6)
+    tokens = [jax.ShapeDtypeStruct((2, 6), jnp.int32)] * 3
+    model = create_model("bert_base", num_classes=2, **sizes)
+    assert stacks_of(model, *tokens, train=False) == {"layer": 18, "pooler": 1, "classifier": 1}
+
+
 class Block(nn.Module):
     """A transformer block."""
 
