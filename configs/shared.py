@@ -18,6 +18,7 @@ def use_imagenet(config: Any) -> None:
     """ImageNet at 224x224: random resized crops and flips, read and decoded on the way."""
     config.data.name = "imagenet"
     config.data.image_size = 224
+    config.data.crop_padding = 0  # the random resized crop is made when an image is decoded
     config.data.flip = True
     config.data.on_device = False
     config.data.workers = 16

@@ -149,5 +149,6 @@ def default_config() -> Config:
     config.si_fd = ConfigDict(dict(rank_ratio=0.08, frobenius_decay=1e-4, keep=()))
 
     config.ranks = ConfigDict(dict(method="lanczos"))  # or exact
+    config.evaluation = ConfigDict(dict(every_epochs=1))  # and after the last epoch
     config.checkpoint = ConfigDict(dict(every_epochs=1, keep=2))
     return config.lock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from cuttlefish_jax.training.metrics import compute_metrics
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import Compiled
 
-# Steps that may be under way on the device. Looking at the loss of an older one costs nothing and keeps the
+# Steps that may be under way on the device. Looking at the result of an older one costs nothing and keeps the
 # host from running ahead without bound.
 _STEPS_IN_FLIGHT = 16
 
@@ -51,28 +51,24 @@ def train_epoch(
       DivergedError: if the loss of a step is NaN or infinite.
     """
     start, compiled_before = time.perf_counter(), train_step.compile_seconds
-    settled: list[dict[str, float]] = []
-    in_flight: collections.deque[Any] = collections.deque()
 
-    def settle() -> None:
-        metrics = {name: float(value) for name, value in jax.device_get(in_flight.popleft()).items()}
-        loss, step = metrics["loss"], len(settled)
-        if not math.isfinite(loss):
+    def steps() -> Iterator[Any]:
+        nonlocal state
+        for batch in data.epoch(epoch):
+            state, metrics = train_step(state, data.resident, batch)
+            yield metrics
+
+    settled: list[dict[str, float]] = []
+    for step, values in enumerate(_fetched(steps())):
+        metrics = {name: float(value) for name, value in values.items()}
+        if not math.isfinite(metrics["loss"]):
             raise DivergedError(
-                f"the loss is {loss} at step {step} of epoch {epoch} "
+                f"the loss is {metrics['loss']} at step {step} of epoch {epoch} "
                 f"(step {epoch * data.steps_per_epoch + step} of the run): lower config.schedule.peak "
                 "or set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
             )
         on_step(1)
         settled.append(metrics)
-
-    for batch in data.epoch(epoch):
-        state, metrics = train_step(state, data.resident, batch)
-        in_flight.append(metrics)
-        if len(in_flight) > _STEPS_IN_FLIGHT:
-            settle()
-    while in_flight:
-        settle()
     seconds = time.perf_counter() - start - (train_step.compile_seconds - compiled_before)
     means = {f"train_{name}": float(np.mean([m[name] for m in settled])) for name in settled[0]}
     return state, {**means, "steps": len(settled), "seconds": seconds}
@@ -92,9 +88,19 @@ def evaluate(
     Returns:
       ``{"loss": ..., **metrics}``.
     """
-    pending = [eval_step(variables, data.resident, batch) for batch in data.batches()]
-    parts = jax.device_get(pending)
+    parts = list(_fetched(eval_step(variables, data.resident, batch) for batch in data.batches()))
     results = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = results["weight"] > 0
     found = {"loss": float(np.mean(results["loss"][real], dtype=np.float64))}
     return found | compute_metrics(metrics, results["label"][real], results["prediction"][real])
+
+
+def _fetched(results: Iterable[Any]) -> Iterator[Any]:
+    """The results of steps on the host, in their order, with a few more steps always under way."""
+    in_flight: collections.deque[Any] = collections.deque()
+    for result in results:
+        in_flight.append(result)
+        if len(in_flight) > _STEPS_IN_FLIGHT:
+            yield jax.device_get(in_flight.popleft())
+    while in_flight:
+        yield jax.device_get(in_flight.popleft())

@@ -95,9 +95,13 @@ class _Run:
             self._measure(epoch + 1)
             self._log(epoch, metrics)
             progress.epoch = epoch + 1
-            if progress.epoch % config.checkpoint.every_epochs == 0 or progress.epoch == config.epochs:
+            if self._is_due(epoch + 1, config.checkpoint.every_epochs):
                 self._save()
         return self._finish()
+
+    def _is_due(self, epochs_trained: int, every_epochs: int) -> bool:
+        """Whether it is time for something that is done after every so many epochs, and after the last."""
+        return epochs_trained % every_epochs == 0 or epochs_trained == self.config.epochs
 
     def _start(self) -> tuple[Phase, TrainState]:
         """The state of the last whole checkpoint, or a new one."""
@@ -186,16 +190,19 @@ class _Run:
             self.state, trained = train_epoch(phase.train_step, self.state, data, epoch, on_step=advance)
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
         metrics |= {name: value for name, value in trained.items() if name != "steps"}
+        is_evaluated = self._is_due(epoch + 1, self.config.evaluation.every_epochs)
         names = self.experiment.task.metrics
         for split, source in self.experiment.evaluation.items():
-            found = evaluate(phase.eval_steps[split], self.state.eval_variables, source, names)
+            found: dict[str, Any] = dict.fromkeys(("loss", *names))
+            if is_evaluated:
+                found = evaluate(phase.eval_steps[split], self.state.eval_variables, source, names)
             metrics |= {f"{split}_{name}": value for name, value in found.items()}
         examples = trained["steps"] * self.config.batch_size
         metrics["examples_per_second"] = examples / trained["seconds"]
         progress.seconds[phase.name] += trained["seconds"]
         progress.seconds["compile"] += phase.compile_seconds - compiled_before
         progress.examples[phase.name] += int(examples)
-        if progress.is_better(metrics, self.experiment.task.score):
+        if is_evaluated and progress.is_better(metrics, self.experiment.task.score):
             progress.best = {
                 name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))
             }

@@ -192,8 +192,8 @@ def check_config(config: Config) -> None:
         known = f"one of {', '.join(RANK_RULES)}, or several joined by +"
         check_setting("config.plan.rank_rule", config.plan.rank_rule, rule in RANK_RULES, known)
     at_least_1 = (
-        "epochs batch_size checkpoint.keep checkpoint.every_epochs optimizer.accumulation_steps "
-        "data.repeated_augmentation data.max_length plan.round_to"
+        "epochs batch_size checkpoint.keep checkpoint.every_epochs evaluation.every_epochs "
+        "optimizer.accumulation_steps data.repeated_augmentation data.max_length plan.round_to"
     )
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
@@ -207,6 +207,7 @@ def check_config(config: Config) -> None:
         "si_fd.rank_ratio",
     ):
         _check_number(config, key, lambda value: 0 < value <= 1, "in (0, 1]")
+    _check_number(config, "data.random_erasing", lambda value: 0 <= value <= 1, "in [0, 1]")
     for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path"):
         _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
     _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")

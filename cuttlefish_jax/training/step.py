@@ -16,9 +16,7 @@ import optax
 
 from cuttlefish_jax.training.data import materialize
 from cuttlefish_jax.training.state import TrainState
-from cuttlefish_jax.training.tasks import Task
-
-AXIS = "batch"
+from cuttlefish_jax.training.tasks import AXIS, Task
 
 
 def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> Compiled:

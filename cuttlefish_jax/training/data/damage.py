@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -84,3 +85,9 @@ class DamageLog:
                     f"them {name}; at most {self._allowed} are put up with: prepare the data set again"
                 )
         return {name: array for name, array in batch.items() if name != DAMAGED}
+
+
+def damage_taker(source: Any) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """:meth:`DamageLog.take` of a log for a source whose examples can be damaged, those that have names."""
+    name_of = getattr(source, "name_of", None)
+    return DamageLog(name_of, len(source)).take if name_of else lambda batch: batch

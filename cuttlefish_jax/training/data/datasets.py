@@ -59,7 +59,7 @@ TFDS_IMAGES = {
     "svhn": _TfdsImages("svhn_cropped", 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "fashion_mnist": _TfdsImages("fashion_mnist", 10, (0.2860,), (0.3530,)),
 }
-DATASETS = ("digits", *TFDS_IMAGES)
+DATASETS = ("digits", *TFDS_IMAGES, "imagenet")
 
 
 def load_dataset(data: Any) -> Dataset:
@@ -72,7 +72,7 @@ def load_dataset(data: Any) -> Dataset:
         ``channels``, ``train_examples`` and ``validation_examples`` are used.
 
     Returns:
-      A :class:`Dataset`. "digits" is in memory; the others are read from disk when they are indexed.
+      A :class:`Dataset`. "digits" is in memory; the others are read from disk when they are asked for.
 
     Raises:
       DatasetNotPreparedError: if the files are missing; the message is the command that makes them.
@@ -93,6 +93,10 @@ def load_dataset(data: Any) -> Dataset:
         near = difflib.get_close_matches(data.name, DATASETS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(DATASETS)}"
         raise ValueError(f"no data set {data.name!r}; {hint}")
+    if data.name == "imagenet":
+        from cuttlefish_jax.training.data.imagenet import load_imagenet
+
+        return load_imagenet(data)
     return _load_digits(data) if data.name == "digits" else _load_tfds(data)
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cuttlefish_jax.training.data.damage import DAMAGED, damage_taker
 from cuttlefish_jax.training.data.sources import Arrays, Source, in_memory
 from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream
 
@@ -99,7 +100,7 @@ class TrainInput:
         self.steps_per_epoch = len(source) // batch_size
         self.resident, read_from, sharding = _bring(source, on_device, devices)
         make = functools.partial(_train_batch, read_from, share, len(source), seed, repeats)
-        self._stream = Stream(make, sharding, workers=workers if read_from else 0)
+        self._stream = Stream(make, sharding, workers=workers if read_from else 0, take=damage_taker(source))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This host's part of the batches of one epoch, from ``start_step`` on.
@@ -157,7 +158,7 @@ class EvalInput:
         self.num_steps = -(-len(source) // batch_size)
         self.resident, read_from, sharding = _bring(source, on_device, devices)
         make = functools.partial(_eval_batch, read_from, share, len(source))
-        self._stream = Stream(make, sharding, workers=workers if read_from else 0)
+        self._stream = Stream(make, sharding, workers=workers if read_from else 0, take=damage_taker(source))
         self._passes = 0
 
     def batches(self) -> Iterator[Batch]:
@@ -263,7 +264,10 @@ def _eval_batch(source: Source | None, share: _Share, num_examples: int, step: i
     filled = {"index": index, "weight": share.own(real.astype(np.float32))}
     if source is None:
         return filled
-    return filled | _per_device(source.read(index.ravel(), batch=batch), index.shape)
+    filled |= _per_device(source.read(index.ravel(), batch=batch), index.shape)
+    if DAMAGED in filled:  # there is another example in their place, which must not count twice
+        filled["weight"] *= filled[DAMAGED] < 0
+    return filled
 
 
 def _per_device(examples: Arrays, shape: tuple[int, ...]) -> HostBatch:

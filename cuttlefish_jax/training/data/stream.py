@@ -30,17 +30,26 @@ class Stream:
     closes the readers and opens new ones.
     """
 
-    def __init__(self, make: Callable[[int], HostBatch], sharding: NamedSharding, *, workers: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[int], HostBatch],
+        sharding: NamedSharding,
+        *,
+        workers: int,
+        take: Callable[[HostBatch], HostBatch] = lambda batch: batch,
+    ) -> None:
         """Opens nothing yet.
 
         Args:
           make: the step's batch, arrays ``[devices, per_device, ...]``; pure, and can be pickled.
           sharding: of the batch's leading axis over the devices.
           workers: processes that call ``make``; 0 is threads of this process.
+          take: looks at each batch in this process, and returns what goes to the devices.
         """
         self._make = make
         self._sharding = sharding
         self._workers = workers
+        self._take = take
         self._position = 0
         self._readers: list[Any] = []  # the open grain iterator, if there is one
         # Also at the interpreter's exit, before grain's modules are torn down under its threads.
@@ -71,7 +80,7 @@ class Stream:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options)
         # A partial, not a method: the threads must not keep alive the stream whose end stops them.
-        placed = batches.map(functools.partial(_place, self._sharding))
+        placed = batches.map(functools.partial(_place, self._sharding, self._take))
         ahead = grain.experimental.ThreadPrefetchIterDataset(
             placed, prefetch_buffer_size=BATCHES_AHEAD_ON_DEVICE
         )
@@ -79,8 +88,8 @@ class Stream:
         self._position = start
 
 
-def _place(sharding: NamedSharding, batch: HostBatch) -> Batch:
-    return jax.device_put(batch, sharding)
+def _place(sharding: NamedSharding, take: Callable[[HostBatch], HostBatch], batch: HostBatch) -> Batch:
+    return jax.device_put(take(batch), sharding)
 
 
 def _close(readers: list[Any]) -> None:

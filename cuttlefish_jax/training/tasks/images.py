@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import load_dataset, make_preprocess
+from cuttlefish_jax.training.data.mixing import mix, random_erasing
 from cuttlefish_jax.training.losses import cross_entropy
-from cuttlefish_jax.training.tasks.task import Examples, Inputs, Task
+from cuttlefish_jax.training.tasks.task import AXIS, Examples, Inputs, Task
 
 
 def load_images(config: Config) -> Task:
@@ -27,7 +28,16 @@ def load_images(config: Config) -> Task:
     preprocess, preprocess_eval = make_preprocess(data, dataset.mean, dataset.std)
 
     def train_inputs(key: jax.Array, examples: Examples) -> tuple[Inputs, jax.Array]:
-        return (preprocess(key, examples["image"], examples["index"]),), examples["label"]
+        images, targets = preprocess(key, examples["image"], examples["index"]), examples["label"]
+        if data.random_erasing:
+            erase_key = jax.random.fold_in(key, 1)
+            images = random_erasing(erase_key, images, examples["index"], probability=data.random_erasing)
+        if data.mixup or data.cutmix:
+            # Each device has a weight of its own, as it mixes its own images.
+            mix_key = jax.random.fold_in(jax.random.fold_in(key, 2), jax.lax.axis_index(AXIS))
+            targets = jax.nn.one_hot(targets, dataset.num_classes)
+            images, targets = mix(mix_key, images, targets, mixup_alpha=data.mixup, cutmix_alpha=data.cutmix)
+        return (images,), targets
 
     return Task(
         num_outputs=dataset.num_classes,

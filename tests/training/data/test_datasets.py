@@ -130,7 +130,7 @@ def test_data_prepared_in_another_format_says_so(prepared, tmp_path):
     ("settings", "message"),
     [
         (dict(name="cifar11"), "no data set 'cifar11'; did you mean cifar10"),
-        (dict(name="imagenet"), "choose from digits, cifar10, cifar100, svhn, fashion_mnist"),
+        (dict(name="mushrooms"), "choose from digits, cifar10, cifar100, svhn, fashion_mnist, imagenet"),
         (dict(train_examples=1366), "data.train_examples=1366, but digits has 1365"),
         (dict(validation_examples=1437), "leaves none of digits's 1437 training examples"),
         (dict(image_size=7), "images of 8x8 do not fit image_size 7"),
