@@ -51,7 +51,7 @@ def measure(
     keep = [cf.Rule(path, keep=True) for path in everything.kept if path in kernels]
     fast = cf.make_plan(kernels, rank_rule=rule, rules=keep, profile=layers, min_speedup=min_speedup)
     plans = {"every layer": everything}
-    if fast.ranks and fast != everything:
+    if fast.ranks and fast.ranks != everything.ranks:
         plans[f"stacks >= {min_speedup:g}x"] = fast
     runners = {name: Runner(experiment, experiment.phase(plan)) for name, plan in plans.items()}
     runners["nothing"] = Runner(experiment, experiment.phase())

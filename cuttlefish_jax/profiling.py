@@ -8,12 +8,16 @@ of its network with the shape and dtype of its input, factorized as any model is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,6 +33,9 @@ from cuttlefish_jax.stacks import find_stacks
 # Shorter timings are of many calls in a row: the clock and the call itself should not count.
 _MIN_SECONDS = 5e-3
 _MAX_CALLS = 100
+# The timings of one layer stop when they have taken so long: those of a long call vary less.
+_MAX_SECONDS = 0.5
+_MIN_REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,7 @@ def profile_kernels(
     the gradients of its params and of its input, in the shape and dtype in which its input arrives. Layers of
     equal configuration and input share a measurement. The time is the median of ``repeats`` timings, taken
     in turn full and factorized, so that a slow moment of the machine falls on both; compilation and warm-up
-    are left out.
+    are left out. Long calls are timed less often, until half a second has passed, but at least five times.
 
     Each layer is timed alone. What a compiler gains by fusing it with its neighbours is not seen, and calls
     so short that launching them dominates (microseconds) show less of a speed-up than they have. The copies
@@ -89,9 +96,10 @@ def profile_kernels(
         the values do not matter.
       ratio: rank of the factorized layers, as a share of ``min(m, n)``.
       paths: the kernels to profile; by default all.
-      repeats: timings of each distinct layer.
+      repeats: timings of each distinct layer, at most.
       device: the ``jax.Device`` to measure on; by default this process's first.
-      progress: called before each measurement with its number from 1, how many there will be, and what of.
+      progress: called with the number of a measurement, how many there will be, and what is measured: before
+        each, from 1, and with 0 before everything is compiled.
       **kwargs: passed on to the model, as by :func:`cuttlefish_jax.find_kernels`.
 
     Returns:
@@ -131,12 +139,16 @@ def profile_kernels(
         if call not in distinct:
             distinct.append(call)
     device = jax.local_devices()[0] if device is None else device
+    say = progress or (lambda number, total, what: None)
+    say(0, len(distinct), "compiling")
+    runs = [_prepare(call, _rank(kernels[call.path].max_rank, ratio), device) for call in distinct]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Before anything is timed: compilers use the devices, too.
+        list(pool.map(_Run.compile, itertools.chain.from_iterable(runs)))
     seconds = []
-    for number, call in enumerate(distinct, start=1):
-        kernel = kernels[call.path]
-        if progress is not None:
-            progress(number, len(distinct), _describe(call, kernels))
-        seconds.append(_measure(call, _rank(kernel.max_rank, ratio), device, repeats))
+    for number, (call, pair) in enumerate(zip(distinct, runs, strict=True), start=1):
+        say(number, len(distinct), _describe(call, kernels))
+        seconds.append(_measure(pair, repeats))
     stacks = find_stacks(kernels)
     timings = []
     for path in chosen:
@@ -171,16 +183,27 @@ def _describe(call: LayerCall, kernels: Kernels) -> str:
     return f"{call.path or '(root)'}: {kernel.layer} {next(shapes)} on {next(shapes)} {call.input.dtype}"
 
 
-def _measure(call: LayerCall, rank: int, device: Any, repeats: int) -> tuple[float, float]:
-    """Seconds of one call, ``(full, factorized)``: the medians of timings taken in turn."""
+def _prepare(call: LayerCall, rank: int, device: Any) -> tuple[_Run, _Run]:
+    """A layer as it is, and factorized."""
     plan = FactorizationPlan.from_ranks(find_kernels(call.layer, call.input), {"": rank})
-    models = (call.layer, factorize(call.layer, plan))
-    runs = [_Run(*as_function(model, call.input), call.input, device) for model in models]
-    for run in runs:
-        run.seconds(1)  # compiles, and warms up
-    once = min(run.seconds(1) for run in runs)
-    calls = min(_MAX_CALLS, math.ceil(_MIN_SECONDS / once))
-    rounds = [[run.seconds(calls) for run in runs] for _ in range(repeats)]
+    full, factorized = (
+        _Run(*as_function(model, call.input), call.input, device)
+        for model in (call.layer, factorize(call.layer, plan))
+    )
+    return full, factorized
+
+
+def _measure(runs: tuple[_Run, _Run], repeats: int) -> tuple[float, float]:
+    """Seconds of one call, ``(full, factorized)``: the medians of timings taken in turn."""
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(run.arguments())
+            run.seconds(1)  # warms up
+        once = [run.seconds(1) for run in runs]
+        calls = min(_MAX_CALLS, math.ceil(_MIN_SECONDS / min(once)))
+        affordable = int(_MAX_SECONDS / (calls * sum(once)))
+        repeats = min(repeats, max(_MIN_REPEATS, affordable))
+        rounds = [[run.seconds(calls) for run in runs] for _ in range(repeats)]
     full, factorized = (statistics.median(times) for times in zip(*rounds, strict=True))
     return full, factorized
 
@@ -203,21 +226,37 @@ def forward_and_backward(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any
 
 
 class _Run:
-    """A model's forward and backward pass with its arguments, on a device."""
+    """A model's forward and backward pass on a device."""
 
     def __init__(self, apply: Callable[[Any, Any], Any], params: Any, x: jax.ShapeDtypeStruct, device: Any):
-        arguments = (params, x, jax.eval_shape(apply, params, x))
-        self._params, self._x, self._cotangent = jax.device_put(jax.tree.map(_random, arguments), device)
-        self._step = jax.jit(forward_and_backward(apply))
+        self._device, self._shapes = device, (params, x, jax.eval_shape(apply, params, x))
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), self._shapes
+        )
+        self._lowered = jax.jit(forward_and_backward(apply)).lower(*placed)
+        self._step: Any = None
+        self._arrays: tuple[Any, ...] = ()
+
+    def compile(self) -> None:
+        """Compiles the pass; of several at once in threads."""
+        self._step = self._lowered.compile()
+
+    @contextlib.contextmanager
+    def arguments(self) -> Iterator[None]:
+        """Has the arguments on the device, which need not hold those of all layers at a time."""
+        self._arrays = jax.device_put(jax.tree.map(_random, self._shapes), self._device)
+        yield
+        self._arrays = ()
 
     def seconds(self, calls: int) -> float:
         """Seconds that one call takes, of so many in a row."""
-        gradients, start = None, time.perf_counter()
+        (params, x, cotangent), gradients, start = self._arrays, None, time.perf_counter()
         for _ in range(calls):
             # The next call waits for this one's output, as in a training step one layer for the other: a
             # device that can would run independent calls side by side.
-            self._cotangent, gradients = self._step(self._params, self._x, self._cotangent)
-        jax.block_until_ready((self._cotangent, gradients))
+            cotangent, gradients = self._step(params, x, cotangent)
+        jax.block_until_ready((cotangent, gradients))
         return (time.perf_counter() - start) / calls
 
 

@@ -1,6 +1,7 @@
 """Profiling: what is timed, how often, and what is made of it. No test looks at how long it took."""
 
 import collections
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -31,12 +32,22 @@ def measured(monkeypatch):
     """Instead of measuring, notes what would be, and says how long it takes by its FLOPs: 1 s for each."""
     seen = []
 
-    def measure(call, rank, device, repeats):
+    class Prepared(tuple):
+        """No runs, and nothing to compile."""
+
+    def prepare(call, rank, device):
+        prepared = Prepared()
+        prepared.asked = call, rank, device
+        return prepared
+
+    def measure(prepared, repeats):
+        call, rank, device = prepared.asked
         seen.append((call, rank, device, repeats))
         kernel = cf.find_kernels(call.layer, call.input)[""]
         batch = call.input.shape[0]
         return float(batch * kernel.flops()), float(batch * kernel.flops(rank))
 
+    monkeypatch.setattr(profiling, "_prepare", prepare)
     monkeypatch.setattr(profiling, "_measure", measure)
     monkeypatch.setattr("cuttlefish_jax.kernel_profile._DAY", float("inf"))
     return seen
@@ -174,38 +185,73 @@ def test_integers_have_no_gradient():
 def test_a_run_keeps_to_its_device_and_dtype(dtype):
     device, x = jax.local_devices()[3], shape(2, 4, dtype=dtype)
     run = profiling._Run(*as_function(nn.Dense(3, dtype=dtype), x), x, device)
-    for _ in range(2):
-        assert run.seconds(3) > 0
-    leaves = jax.tree.leaves((run._params, run._x, run._cotangent))
-    assert all(leaf.devices() == {device} for leaf in leaves)
-    assert run._step._cache_size() == 1  # the output that is the next cotangent compiles nothing anew
-    assert run._cotangent.dtype == dtype
+    run.compile()
+    with run.arguments():
+        assert run.seconds(3) > 0  # the output is the next call's cotangent: it has to be of its kind
+        leaves = jax.tree.leaves(run._arrays)
+        assert len(leaves) == 4
+        assert all(leaf.devices() == {device} for leaf in leaves)
+        output, _ = run._step(*run._arrays)
+        assert output.devices() == {device}
+        assert output.dtype == dtype
+        # Neither zero nor large: overflow and denormal numbers have times of their own.
+        assert all(0 < jnp.abs(leaf.astype(jnp.float32)).max() < 1 for leaf in leaves)
+    assert not run._arrays
 
 
-def test_timings_alternate_and_their_median_counts(monkeypatch):
+class FakeRun:
+    """Takes the times that it is given, and notes what is asked of it."""
+
+    def __init__(self, name, asked, times):
+        self.name, self.asked, self.times = name, asked, iter(times)
+
+    @contextlib.contextmanager
+    def arguments(self):
+        self.asked.append((self.name, "arguments"))
+        yield
+        self.asked.append((self.name, "done"))
+
+    def seconds(self, calls):
+        self.asked.append((self.name, calls))
+        return next(self.times)
+
+
+def test_timings_alternate_and_their_median_counts():
     asked = []
-    times = {"full": iter([99.0, 0.004, 8.0, 2.0, 3.0]), "low": iter([99.0, 0.002, 1.0, 5.0, 1.5])}
+    full, low = FakeRun("full", asked, [99, 0.004, 8, 2, 3]), FakeRun("low", asked, [99, 0.002, 1, 5, 1.5])
+    assert profiling._measure((full, low), 3) == (3, 1.5)
+    # One call to warm up, one to see how many in a row make a timing long enough.
+    assert asked == [
+        ("full", "arguments"), ("full", 1), ("low", "arguments"), ("low", 1), ("full", 1), ("low", 1),
+        *[("full", 3), ("low", 3)] * 3,
+        ("low", "done"), ("full", "done"),
+    ]  # fmt: skip
 
-    class Run:
-        def __init__(self, apply, params, x, device):
-            self.name = "low" if "u" in params else "full"
-            assert (
-                jax.tree.map(lambda leaf: leaf.shape, params)
-                == {
-                    "full": {"kernel": (8, 6), "bias": (6,)},
-                    "low": {"u": {"kernel": (8, 2)}, "v": {"kernel": (2, 6), "bias": (6,)}},
-                }[self.name]
-            )
 
-        def seconds(self, calls):
-            asked.append((self.name, calls))
-            return next(times[self.name])
+@pytest.mark.parametrize(
+    ("seconds", "calls", "repeats"),
+    [(1e-6, 100, 40), (1e-3, 5, 40), (0.01, 1, 25), (0.04, 1, 6), (0.2, 1, 5), (30.0, 1, 5)],
+)
+def test_long_calls_are_timed_less_often(seconds, calls, repeats):
+    asked = []
+    runs = [FakeRun(name, asked, [seconds] * 99) for name in ("full", "low")]
+    assert profiling._measure(runs, 40) == (seconds, seconds)
+    assert asked[6:-2] == [("full", calls), ("low", calls)] * repeats
+    asked.clear()
+    profiling._measure([FakeRun(name, asked, [seconds] * 99) for name in ("full", "low")], 2)
+    assert asked[6:-2] == [("full", calls), ("low", calls)] * 2
 
-    monkeypatch.setattr(profiling, "_Run", Run)
+
+def test_the_two_runs_of_a_layer():
     (call,) = calls_of(nn.Dense(6), shape(4, 8))
-    assert profiling._measure(call, 2, None, 3) == (3.0, 1.5)
-    # Two calls to compile and warm up, then as many in a row as make a timing long enough.
-    assert asked == [("full", 1), ("low", 1)] * 2 + [("full", 3), ("low", 3)] * 3
+    shapes = [
+        jax.tree.map(lambda leaf: leaf.shape, run._shapes)
+        for run in profiling._prepare(call, 2, jax.local_devices()[0])
+    ]
+    assert shapes == [
+        ({"kernel": (8, 6), "bias": (6,)}, (4, 8), (4, 6)),
+        ({"u": {"kernel": (8, 2)}, "v": {"kernel": (2, 6), "bias": (6,)}}, (4, 8), (4, 6)),
+    ]
 
 
 # --- The measurements of a model ----------------------------------------------------------------------------
@@ -224,9 +270,10 @@ def test_each_distinct_layer_of_a_resnet_is_measured_once(measured):
         "classifier",
     ]  # fmt: skip
     assert {(device, repeats) for _, _, device, repeats in measured} == {(jax.local_devices()[0], 7)}
-    assert [number for number, _, _ in said] == list(range(1, 13))
+    assert [number for number, _, _ in said] == list(range(13))
     assert {total for _, total, _ in said} == {12}
-    assert said[2][2] == "stage2/block1/conv1: Conv 3x3x8x16 on 4x8x8x8 float32"
+    assert said[0][2] == "compiling"
+    assert said[3][2] == "stage2/block1/conv1: Conv 3x3x8x16 on 4x8x8x8 float32"
     assert profile["stage2/block1/conv2"] == profile["stage2/block2/conv1"]
     # The profile's seconds are the fixture's: the FLOPs of the whole batch.
     kernels = cf.find_kernels(model, IMAGES, train=False)
@@ -310,7 +357,7 @@ def test_a_real_measurement():
         device=jax.local_devices()[1],
         progress=lambda *args: said.append(args),
     )
-    assert len(said) == 2
+    assert [number for number, _, _ in said] == [0, 1, 2]
     assert list(profile) == ["layers_0", "layers_2", "layers_3"]
     assert all(0 < second < 10 for path in profile for second in profile.seconds(path))
     assert profile.seconds("layers_2") == profile.seconds("layers_3")
