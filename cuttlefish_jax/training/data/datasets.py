@@ -152,7 +152,11 @@ def _open_records(name: str, split: str, data_dir: str, *, encoded: Sequence[str
     """
     import tensorflow_datasets as tfds  # a second and more to import: not for those who use "digits"
 
-    builder = tfds.builder(name, data_dir=data_dir or None)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:  # without TensorFlow it knows GLUE from its files alone
+        where = data_dir or "the data_dir that is TFDS's default"
+        raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, f"not in {where}")) from error
     if not builder.is_prepared():
         raise DatasetNotPreparedError(_how_to_prepare(name, data_dir, f"not in {builder.data_dir}"))
     try:

@@ -7,6 +7,8 @@ from glue_tools import BERT, COLUMNS, write_bert, write_task
 
 from configs.bert_glue import get_config
 from cuttlefish_jax.models import create_model
+from cuttlefish_jax.training.experiment import Experiment
+from cuttlefish_jax.training.method import plan_from_config
 from cuttlefish_jax.training.metrics import METRICS, compute_metrics
 from cuttlefish_jax.training.tasks import load_task
 
@@ -146,6 +148,22 @@ def test_a_network_of_images_is_an_error(make_config):
     task = load_task(make_config())
     with pytest.raises(ValueError, match="the inputs are texts, and ResNet has no vocab_size: use bert_base"):
         task.check_model(create_model("resnet18", num_classes=2, width=8))
+
+
+def test_the_recipe_has_the_parameters_of_the_reference(make_config):
+    config = make_config()
+    config.model.config_file = ""
+    config.batch_size = 8
+    experiment = Experiment.from_config(config)
+    plan = plan_from_config(config, experiment.kernels, dict.fromkeys(experiment.kernels, 1.0), {})
+    assert set(plan.ranks) == {
+        f"layer{i}/attention/{name}" for i in range(1, 13) for name in ("query", "key", "value", "output")
+    }
+    assert set(plan.ranks.values()) == {345}
+    full, low = experiment.phase(), experiment.phase(plan, switch_step=1)
+    counts = [sum(x.size for x in jax.tree.leaves(experiment.abstract_state(p).params)) for p in (full, low)]
+    assert counts == [108_311_810, 105_436_418]
+    assert experiment.num_trained(low) == 48_813_314
 
 
 def test_the_tokenizer_is_that_of_the_weights_unless_another_one_is_given(make_config, bert):
