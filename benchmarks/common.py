@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 
 import flax
 import jax
+
+# The configurations, which import each other, are not installed with the package.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cuttlefish_jax.training.epoch import train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase

@@ -126,7 +126,7 @@ class Experiment:
             schedule=schedule,
             tx=make_optimizer(optimizer, schedule, plan=plan),
             train_step=train_step,
-            eval_steps={split: make_eval_step(model.apply, task) for split in self.evaluation},
+            eval_step=make_eval_step(model.apply, task, num_splits=len(self.evaluation)),
         )
 
     def create_state(self, phase: Phase) -> TrainState:
@@ -179,7 +179,9 @@ def _create_model(config: Config, task: Task) -> nn.Module:
     for key in ("name", "pretrained", "fresh", "unused", "sync_batch_norm"):
         options.pop(key, None)
     axis_name = AXIS if config.sync_batch_norm else None
-    return create_model(config.name, num_classes=task.num_outputs, norm_axis_name=axis_name, **options)
+    model = create_model(config.name, num_classes=task.num_outputs, norm_axis_name=axis_name, **options)
+    task.check_model(model)
+    return model
 
 
 def _check_accumulation(config: Config) -> None:
@@ -218,7 +220,7 @@ class Phase:
       schedule: learning rate of a step.
       tx: the optimizer.
       train_step: see :func:`make_train_step`.
-      eval_steps: one for each split, see :func:`make_eval_step`.
+      eval_step: see :func:`make_eval_step`.
     """
 
     model: nn.Module
@@ -226,7 +228,7 @@ class Phase:
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     train_step: Compiled
-    eval_steps: Mapping[str, Compiled]
+    eval_step: Compiled
 
     @property
     def name(self) -> str:
@@ -236,5 +238,4 @@ class Phase:
     @property
     def compile_seconds(self) -> float:
         """How long the phase's steps took to compile."""
-        steps = (self.train_step, *self.eval_steps.values())
-        return sum(step.compile_seconds for step in steps)
+        return self.train_step.compile_seconds + self.eval_step.compile_seconds

@@ -195,7 +195,7 @@ class _Run:
         for split, source in self.experiment.evaluation.items():
             found: dict[str, Any] = dict.fromkeys(("loss", *names))
             if is_evaluated:
-                found = evaluate(phase.eval_steps[split], self.state.eval_variables, source, names)
+                found = evaluate(phase.eval_step, self.state.eval_variables, source, names)
             metrics |= {f"{split}_{name}": value for name, value in found.items()}
         examples = trained["steps"] * self.config.batch_size
         metrics["examples_per_second"] = examples / trained["seconds"]

@@ -121,8 +121,13 @@ def make_tracker(config: Config) -> cf.RankTracker:
 
 
 def deadline(config: Config) -> int | None:
-    """The epoch by which the ranks should have converged, ``None`` if nothing is awaited."""
-    return math.ceil(config.switch.deadline * config.epochs) if make_method(config).awaits_ranks else None
+    """The epoch by which the ranks should have converged, ``None`` if nothing is awaited.
+
+    At the latest the last one: a run of few epochs is not to end without a word about its ranks.
+    """
+    if not make_method(config).awaits_ranks:
+        return None
+    return max(1, min(math.ceil(config.switch.deadline * config.epochs), config.epochs - 1))
 
 
 def plan_from_config(

@@ -42,15 +42,23 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
 def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
     file = directory.path / _FILE
     if (document := directory.read_json(_FILE)) is not None:
+        # Not measured again: a run that goes on has to decide as it did before, on another device too.
         try:
-            return cf.KernelProfile.from_json(json.dumps(document)).to_json()
+            profile = cf.KernelProfile.from_json(json.dumps(document))
+            profile.check(experiment.kernels)
         except ValueError as error:
             raise WorkdirError(f"{file}: {error}. Delete the file to measure again") from error
+        return profile.to_json()
     config = experiment.config
-    per_device = config.batch_size // jax.device_count()
-    inputs = [jax.ShapeDtypeStruct((per_device, *x.shape[1:]), x.dtype) for x in experiment.task.inputs]
+    examples = config.batch_size // (jax.device_count() * config.optimizer.accumulation_steps)
+    inputs = [jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype) for x in experiment.task.inputs]
     profile = cf.profile_kernels(
-        experiment.model, *inputs, ratio=config.profile.ratio, progress=_say, train=False
+        experiment.model,
+        *inputs,
+        ratio=config.profile.ratio,
+        paths=experiment.candidates,
+        progress=_say,
+        train=False,
     )
     text = profile.to_json()
     directory.write_json(_FILE, json.loads(text))

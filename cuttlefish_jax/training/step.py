@@ -79,12 +79,13 @@ def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> C
     return Compiled(mapped, num_shapes=task.num_lengths)
 
 
-def make_eval_step(apply_fn: Callable, task: Task) -> Compiled:
+def make_eval_step(apply_fn: Callable, task: Task, *, num_splits: int = 1) -> Compiled:
     """One batch of evaluation: ``(variables, resident, batch) -> results``.
 
     Args:
       apply_fn: the model's ``apply``.
       task: what is evaluated.
+      num_splits: how many splits lie on the devices, each of another size.
 
     Returns:
       A step over pmapped arrays; ``results`` are of the batch's examples on all devices, ``[batch_size]``:
@@ -103,11 +104,11 @@ def make_eval_step(apply_fn: Callable, task: Task) -> Compiled:
         return jax.lax.all_gather(results, AXIS, tiled=True)
 
     mapped = jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None)
-    return Compiled(mapped, num_shapes=task.num_lengths)
+    return Compiled(mapped, num_shapes=task.num_lengths * num_splits)
 
 
 class Compiled:
-    """A mapped function, compiled for each of the few shapes that its batches come in.
+    """A mapped function, compiled for each of the few shapes that its data comes in.
 
     Calls with more shapes are errors, not silent recompilations.
 
@@ -132,13 +133,13 @@ class Compiled:
         return cost.get("flops", float("nan")) if cost else float("nan")
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the function; the last argument is the batch, a mapping. A new shape is compiled first."""
-        shapes = tuple(array.shape for array in args[-1].values())
+        """Runs the function on ``(state, *data)``. Data of a new shape is compiled for first."""
+        shapes = tuple(array.shape for array in jax.tree.leaves(args[1:]))
         executable = self._executables.get(shapes)
         if executable is None:
             if len(self._executables) >= self._num_shapes:
                 known = ", ".join(map(str, self._executables))
-                raise TypeError(f"a batch of shapes {shapes}; the step was compiled for {known} alone")
+                raise TypeError(f"data of shapes {shapes}; the step was compiled for {known} alone")
             start = time.perf_counter()
             executable = self._executables[shapes] = self._mapped.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start

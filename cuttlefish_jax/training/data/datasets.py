@@ -112,7 +112,7 @@ def _load_digits(data: Any) -> Dataset:
     original = images[trainable] / 255
     fitted = fit_images(images, image_size=data.image_size, channels=data.channels)
     everything = ArraySource({"image": fitted, "label": labels.astype(np.int32)})
-    train, validation = _split(data, len(trainable))
+    train, validation = split_examples(data, len(trainable))
     return Dataset(
         name=data.name,
         num_classes=10,
@@ -126,8 +126,8 @@ def _load_digits(data: Any) -> Dataset:
 
 def _load_tfds(data: Any) -> Dataset:
     spec = TFDS_IMAGES[data.name]
-    records = {split: _open_records(spec.tfds_name, split, data.data_dir) for split in ("train", "test")}
-    train, validation = _split(data, len(records["train"]))
+    records = {split: open_records(spec.tfds_name, split, data.data_dir) for split in ("train", "test")}
+    train, validation = split_examples(data, len(records["train"]))
 
     def source(split: str, indices: np.ndarray) -> RecordSource:
         return RecordSource(records[split], indices, data.image_size, data.channels)
@@ -145,7 +145,7 @@ def _load_tfds(data: Any) -> Dataset:
     return dataset
 
 
-def _open_records(name: str, split: str, data_dir: str, *, encoded: Sequence[str] = ()) -> Sequence[Any]:
+def open_records(name: str, split: str, data_dir: str, *, encoded: Sequence[str] = ()) -> Sequence[Any]:
     """The prepared records of a TFDS split; never starts a download, as ``tfds.data_source`` would.
 
     Features named in ``encoded`` are left as they lie on disk.
@@ -177,7 +177,7 @@ def _how_to_prepare(name: str, data_dir: str, found: str) -> str:
     )
 
 
-def _split(data: Any, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
+def split_examples(data: Any, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and the validation examples, the same in every run.
 
     The validation examples do not depend on ``train_examples`` either.

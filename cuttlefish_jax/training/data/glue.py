@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cuttlefish_jax.training.data.datasets import _open_records, _split
+from cuttlefish_jax.training.data.datasets import open_records, split_examples
 from cuttlefish_jax.training.data.sources import READ_AT_ONCE, check_labels, read_records
 from cuttlefish_jax.training.data.texts import (
     Text,
@@ -113,8 +113,8 @@ def load_glue_dataset(data: Any, *, tokenizer: str | Path) -> GlueDataset:
     lengths = padded_lengths(data.lengths, data.max_length)
     opened = open_tokenizer(tokenizer, max_length=data.max_length, pairs=len(task.columns) == 2)
     names = ("train", *(there for _, there in task.tests))
-    records = {split: _open_records(data.name, split, data.data_dir) for split in names}
-    train, validation = _split(data, len(records["train"]))
+    records = {split: open_records(data.name, split, data.data_dir) for split in names}
+    train, validation = split_examples(data, len(records["train"]))
 
     def source(split: str, indices: np.ndarray | None = None) -> TokenSource:
         wanted = np.arange(len(records[split])) if indices is None else indices

@@ -11,7 +11,12 @@ from PIL import Image
 
 from cuttlefish_jax.training.data.augment import EvalTransform, RandAugment, TrainTransform
 from cuttlefish_jax.training.data.damage import DAMAGED, DataError
-from cuttlefish_jax.training.data.datasets import Dataset, DatasetNotPreparedError, _open_records, _split
+from cuttlefish_jax.training.data.datasets import (
+    Dataset,
+    DatasetNotPreparedError,
+    open_records,
+    split_examples,
+)
 from cuttlefish_jax.training.data.images import DecodingError, open_image
 from cuttlefish_jax.training.data.sources import Arrays, Seed, read_records
 
@@ -139,7 +144,7 @@ def load_imagenet(data: Any) -> Dataset:
         raise ValueError("data.on_device=True, but imagenet is decoded while a run trains: set it to False")
     training, evaluation = transforms(data)
     records = {split: _open(split, data.data_dir) for split in ("train", "validation")}
-    train, validation = _split(data, len(records["train"]))
+    train, validation = split_examples(data, len(records["train"]))
 
     def source(split: str, indices: np.ndarray) -> EncodedImageSource:
         return EncodedImageSource(
@@ -189,7 +194,7 @@ def transforms(data: Any) -> tuple[TrainTransform, EvalTransform]:
 
 def _open(split: str, data_dir: str) -> Sequence[Any]:
     try:
-        return _open_records(TFDS_NAME, split, data_dir, encoded=("image",))
+        return open_records(TFDS_NAME, split, data_dir, encoded=("image",))
     except DatasetNotPreparedError as error:
         manual = f"{data_dir or '~/tensorflow_datasets'}/downloads/manual"
         raise DatasetNotPreparedError(

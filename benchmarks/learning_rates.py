@@ -1,0 +1,94 @@
+"""The learning rate after the switch: four published ways and the plain one, on networks of several kinds.
+
+    python benchmarks/learning_rates.py [--seeds 3] [--networks resnet18 deit_tiny resmlp_s12] [--json FILE]
+
+Each way continues the same training (same seed, same switch, same ranks). ``continue`` lets the schedule go
+on; ``rewarmup`` is that of CIFAR in the original, ``restart`` that of ResNet-50, ``x 1/3`` that of DeiT and
+``x 2`` that of BERT. The networks are small ones on scikit-learn's digits, with few examples and ranks at a
+quarter, so that there is something to lose: what counts is the test loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from common import report
+
+from configs import deit_base, quickstart, resmlp_s36
+from cuttlefish_jax.training.loop import run
+
+WAYS: dict[str, dict[str, Any]] = {
+    "continue": {},
+    "rewarmup": {"switch.learning_rate": "rewarmup"},
+    "restart": {"switch.learning_rate": "restart"},
+    "x 1/3": {"switch.learning_rate_factor": 1 / 3},
+    "x 2": {"switch.learning_rate_factor": 2.0},
+}
+DIGITS = {
+    "epochs": 24,
+    "batch_size": 32,
+    "data.train_examples": 800,
+    "data.image_size": 8,
+    "data.channels": 1,
+    "data.crop_padding": 1,
+    "schedule.warmup_epochs": 2.0,
+    "evaluation.every_epochs": 24,
+    "switch.criterion": "at_epoch",
+    "switch.epoch": 10,
+    "plan.rank_rule": "rank_ratio",
+    "profile.enabled": False,
+}
+TOKENS = DIGITS | {"model.patch": 2, "model.width": 64, "model.depth": 4, "model.dtype": "float32"}
+# Without the augmentation and the average of the ImageNet recipe, which are for 300 epochs.
+TOKENS |= {"data.mixup": 0.0, "data.cutmix": 0.0, "data.repeated_augmentation": 1, "optimizer.ema": 0.0}
+NETWORKS = {
+    "resnet18": (lambda: quickstart.get_config(), DIGITS | {"model.width": 32, "plan.keep": ()}),
+    "deit_tiny": (lambda: deit_base.get_config("digits"), TOKENS | {"model.heads": 4}),
+    "resmlp_s12": (lambda: resmlp_s36.get_config("digits"), TOKENS),
+}
+
+
+def train(network: str, way: str, seed: int) -> dict[str, Any]:
+    """The summary and the last line of the metrics of one run."""
+    make, settings = NETWORKS[network]
+    config = make()
+    config.update_from_flattened_dict(settings | WAYS[way] | {"model.name": network, "seed": seed})
+    with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
+        summary = run(config, Path(workdir) / "run")
+        lines = (Path(workdir) / "run" / "metrics.jsonl").read_text().splitlines()
+    return summary | json.loads(lines[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", help="write the table to this file too")
+    arguments = parser.parse_args()
+    rows = []
+    for network in arguments.networks:
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        for seed in range(arguments.seeds):
+            for way, found in runs.items():
+                found.append(train(network, way, seed))
+        for way, found in runs.items():
+            losses = [summary["test_loss"] for summary in found]
+            rows.append(
+                {
+                    "network": network,
+                    "way": way,
+                    "test loss": statistics.mean(losses),
+                    "least-most": f"{min(losses):.4f}-{max(losses):.4f}",
+                    "test accuracy %": 100 * statistics.mean(s["test_accuracy"] for s in found),
+                    "params x fewer": found[0]["params_full"] / found[0]["params_final"],
+                }
+            )
+    report(rows, arguments.json)
