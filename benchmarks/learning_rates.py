@@ -45,8 +45,10 @@ DIGITS = {
     "profile.enabled": False,
 }
 TOKENS = DIGITS | {"model.patch": 2, "model.width": 64, "model.depth": 4, "model.dtype": "float32"}
-# Without the augmentation and the average of the ImageNet recipe, which are for 300 epochs.
+# Without the regularisation and the average of the ImageNet recipe, which are for 300 epochs.
 TOKENS |= {"data.mixup": 0.0, "data.cutmix": 0.0, "data.repeated_augmentation": 1, "optimizer.ema": 0.0}
+TOKENS |= {"model.drop_path": 0.0, "loss.label_smoothing": 0.0, "data.train_examples": 1365}
+TOKENS |= {"epochs": 40, "switch.epoch": 16, "evaluation.every_epochs": 40, "schedule.warmup_epochs": 4.0}
 NETWORKS = {
     "resnet18": (lambda: quickstart.get_config(), DIGITS | {"model.width": 32, "plan.keep": ()}),
     "deit_tiny": (lambda: deit_base.get_config("digits"), TOKENS | {"model.heads": 4}),

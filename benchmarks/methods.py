@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,29 @@ def load_config(options: argparse.Namespace) -> Any:
     return config
 
 
-def row(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Trains with every method and seed; the rows of the table."""
+    matched_methods = {"narrow"} if options.published else {"narrow", "pufferfish", "si_fd"}
+    seeds = range(options.seeds)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Alternating, so that a slow hour falls on all of them. What has to be as large as cuttlefish's
+        # networks comes after these.
+        free = [
+            (method, seed) for seed in seeds for method in options.methods if method not in matched_methods
+        ]
+        runs = {key: pool.submit(run, options, *key, None) for key in free}
+        bound = [(method, seed) for seed in seeds for method in options.methods if method in matched_methods]
+        runs |= {
+            key: pool.submit(lambda m, s: run(options, m, s, runs["cuttlefish", s].result()), *key)
+            for key in bound
+        }
+        summaries = {key: done.result() for key, done in runs.items()}
+    reference = summaries[options.methods[0], 0]
+    return [row(method, [summaries[method, seed] for seed in seeds], reference) for method in options.methods]
+
+
+def row(method: str, runs: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table; ratios are to the full-rank network of ``reference``."""
     accuracies = [100 * summary["test_score"] for summary in runs]
     mean = {
         key: statistics.mean(summary[key] for summary in runs)
@@ -122,8 +145,8 @@ def row(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         f"test {runs[0]['metric']} %": f"{statistics.mean(accuracies):.2f}",
         "lowest-highest": f"{min(accuracies):.2f}-{max(accuracies):.2f}",
         "params": round(mean["params_final"]),
-        "params x fewer": f"{PARAMS_FULL / mean['params_final']:.2f}",
-        "FLOPs x fewer": f"{FLOPS_FULL / mean['flops_final']:.2f}",
+        "params x fewer": f"{reference['params_full'] / mean['params_final']:.2f}",
+        "FLOPs x fewer": f"{reference['flops_full'] / mean['flops_final']:.2f}",
         "switch epochs": "-" if None in switches else " ".join(map(str, switches)),
         "train s": f"{mean['train_seconds']:.1f}",
         "s/epoch": f"{mean['train_seconds'] / mean['epochs']:.2f}",
@@ -139,16 +162,9 @@ if __name__ == "__main__":
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--published", action="store_true", help="the configuration's ratios, not matched")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on as many cores")
     parser.add_argument("--out", default="runs/methods")
     parser.add_argument("--json", help="write the table to this file too")
     parser.add_argument("settings", nargs="*", help="for train.py, after --")
     arguments = parser.parse_args()
-    summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in arguments.methods}
-    for seed in range(arguments.seeds):
-        for method, runs in summaries.items():  # alternating, so that a slow hour falls on all of them
-            is_matched = method == "narrow" or (method in ("pufferfish", "si_fd") and not arguments.published)
-            size = summaries["cuttlefish"][seed] if is_matched else None
-            runs.append(run(arguments, method, seed, size))
-    reference = summaries.get("full_rank", next(iter(summaries.values())))[0]
-    PARAMS_FULL, FLOPS_FULL = reference["params_full"], reference["flops_full"]
-    report([row(method, runs) for method, runs in summaries.items()], arguments.json)
+    report(compare(arguments), arguments.json)
