@@ -44,7 +44,9 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        args = app.parse_flags_with_usage(argv)
+        args = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_refuse(" ".join(str(error).split())))
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
         sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
     if flags.FLAGS["verbosity"].using_default_value:

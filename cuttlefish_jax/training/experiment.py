@@ -105,7 +105,10 @@ class Experiment:
             self.config, self.kernels, ranks, ones, singular_values=spectra, profile=self.profile
         )
         if not plan.ranks and self.config.method != "full_rank":
-            raise ConfigError(f"there is nothing to switch, every layer would be kept: {_reasons(plan)}")
+            raise ConfigError(
+                f"there is nothing to switch, every layer would be kept ({_reasons(plan)}): change that, "
+                "or train with --config.method=full_rank"
+            )
         return tuple(plan.ranks) or tuple(self.kernels)
 
     def phase(self, plan: cf.FactorizationPlan | None = None, *, switch_step: int = 0) -> Phase:

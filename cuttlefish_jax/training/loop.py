@@ -52,15 +52,11 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             return directory.read_json("summary.json") or {}
         experiment = Experiment.from_config(config)
         directory.claim(config)
-        started = time.perf_counter()
-        if config.profile.enabled:
-            experiment = dataclasses.replace(experiment, profile=get_profile(experiment, directory))
-        profiled = time.perf_counter() - started
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
         ):
-            return _Run(experiment, directory, checkpointer, best, profiled).to_the_end()
+            return _Run(experiment, directory, checkpointer, best).to_the_end()
 
 
 class _Run:
@@ -72,7 +68,6 @@ class _Run:
         directory: Workdir,
         checkpointer: Checkpointer,
         best: Checkpointer,
-        profile_seconds: float,
     ):
         self.experiment = experiment
         self.config = experiment.config
@@ -80,7 +75,6 @@ class _Run:
         self.checkpointer = checkpointer
         self.best = best
         self.progress = Progress(make_tracker(self.config))
-        self.progress.seconds["profile"] = profile_seconds
         self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
         self.rank_seconds, self.ranks_compiled = 0.0, False
         self.phase, self.state = self._start()
@@ -115,6 +109,7 @@ class _Run:
         else:
             phase = self.experiment.phase()
             state = self.experiment.create_state(phase)
+        self._profile()
         # What was written after the checkpoint will be written again.
         self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
         self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
@@ -123,6 +118,14 @@ class _Run:
             self.state, self.phase = state, phase
             self._measure(0)
         return phase, state
+
+    def _profile(self) -> None:
+        """Finds out which layers get faster; errors in the weights that are read do not wait for it."""
+        if self.config.profile.enabled:
+            start = time.perf_counter()
+            profile = get_profile(self.experiment, self.directory)
+            self.experiment = dataclasses.replace(self.experiment, profile=profile)
+            self.progress.seconds["profile"] += time.perf_counter() - start
 
     def _switch_is_due(self, epoch: int) -> bool:
         progress, last_call = self.progress, deadline(self.config)

@@ -33,6 +33,21 @@ RANK_RULES: Mapping[str, Callable[[Any], cf.RankRule]] = {
     "energy": lambda config: cf.EnergyRank(),
     "rank_ratio": lambda config: cf.RankRatio(config.rank_ratio),
 }
+_INTEGERS = (int, "a tuple of integers, e.g. (2,3)")
+_NUMBERS = ((int, float), "a tuple of numbers, e.g. (0.5,0.75)")
+_PATTERNS = (str, "a tuple of patterns, e.g. ('stage1/*',)")
+_LISTS = {
+    "model.stage_sizes": _INTEGERS,
+    "model.fresh": _PATTERNS,
+    "model.unused": _PATTERNS,
+    "data.lengths": _INTEGERS,
+    "optimizer.freeze": _PATTERNS,
+    "schedule.milestones": _NUMBERS,
+    "plan.keep": _PATTERNS,
+    "plan.factorize": _PATTERNS,
+    "pufferfish.keep": _PATTERNS,
+    "si_fd.keep": _PATTERNS,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,13 +211,18 @@ def check_config(config: Config) -> None:
     for rule in config.plan.rank_rule.split("+"):
         known = f"one of {', '.join(RANK_RULES)}, or several joined by +"
         check_setting("config.plan.rank_rule", config.plan.rank_rule, rule in RANK_RULES, known)
+    for key, (kind, rule) in _LISTS.items():
+        section, _, name = key.partition(".")
+        value = config[section][name]
+        is_list = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
+        check_setting(f"config.{key}", value, is_list, rule)
     at_least_1 = (
         "epochs batch_size checkpoint.keep checkpoint.every_epochs evaluation.every_epochs "
         "optimizer.accumulation_steps data.repeated_augmentation data.max_length plan.round_to"
     )
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
-    for key in ("switch.epoch", "profile.min_speedup", "data.mixup", "data.cutmix"):
+    for key in ("switch.epoch", "data.workers", "profile.min_speedup", "data.mixup", "data.cutmix"):
         _check_number(config, key, lambda value: value >= 0, "0 or more")
     for key in (
         "switch.deadline",

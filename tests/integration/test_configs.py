@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 
 from cuttlefish_jax.training.loop import run
@@ -54,6 +55,20 @@ def test_small_images(name, tmp_path):
     summary = run(config, tmp_path)
     assert summary["model"] == name
     check(summary, tmp_path)
+
+
+def test_gradients_of_parts_of_a_batch_are_those_of_the_batch(tmp_path):
+    """Of a network without batch norm, which would normalise every part by itself."""
+    exact = {"model.drop_path": 0.0, "data.mixup": 0.0, "data.cutmix": 0.0, "model.dtype": "float32"}
+    losses = []
+    for parts in (1, 2):
+        changes = NETWORKS["deit_base"] | exact | {"optimizer.accumulation_steps": parts}
+        run(small("deit_base", "digits", **changes), tmp_path / f"{parts}")
+        lines = (tmp_path / f"{parts}" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["train_loss"] for line in lines])
+    whole, in_parts = np.asarray(losses)
+    assert len(whole) == 2 and whole[1] != whole[0]
+    np.testing.assert_allclose(in_parts, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "fashion_mnist"])

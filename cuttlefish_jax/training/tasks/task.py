@@ -61,6 +61,9 @@ class Task:
         Raises:
           ValueError: names the size, the network's and the one that is needed.
         """
+        if hasattr(model, "vocab_size") and "vocab_size" not in self.least_sizes:
+            kind = type(model).__name__
+            raise ValueError(f"the inputs are images, and {kind} is for texts: use another, such as resnet18")
         for name, least in self.least_sizes.items():
             size = getattr(model, name, None)
             if size is None:

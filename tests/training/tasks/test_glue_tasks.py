@@ -7,6 +7,7 @@ from glue_tools import BERT, COLUMNS, write_bert, write_task
 
 from configs.bert_glue import get_config
 from cuttlefish_jax.models import create_model
+from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.method import plan_from_config
 from cuttlefish_jax.training.metrics import METRICS, compute_metrics
@@ -148,6 +149,13 @@ def test_a_network_of_images_is_an_error(make_config):
     task = load_task(make_config())
     with pytest.raises(ValueError, match="the inputs are texts, and ResNet has no vocab_size: use bert_base"):
         task.check_model(create_model("resnet18", num_classes=2, width=8))
+
+
+def test_a_network_of_texts_is_an_error_for_images(bert):
+    config = default_config()
+    config.data.update(name="digits", image_size=8)
+    with pytest.raises(ValueError, match=r"the inputs are images, and BERT\w* is for texts: use another"):
+        load_task(config).check_model(create_model("bert_base", num_classes=10, config_file=bert))
 
 
 def test_the_recipe_has_the_parameters_of_the_reference(make_config):
