@@ -27,8 +27,8 @@ import numpy as np
 from common import report
 from PIL import Image
 
-from cuttlefish_jax.training.data.augment import EvalTransform, RandAugment, TrainTransform
-from cuttlefish_jax.training.data.imagenet import FILL, EncodedImageSource
+from cuttlefish_jax.training.data.images.augment import EvalTransform, RandAugment, TrainTransform
+from cuttlefish_jax.training.data.images.imagenet import FILL, EncodedImageSource
 
 
 def make_jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:

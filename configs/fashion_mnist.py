@@ -3,7 +3,7 @@
     python train.py --config configs/fashion_mnist.py
     python benchmarks/methods.py --config configs/fashion_mnist.py --seeds 3
 
-Images of 28x28 pixels, 16 channels in the first stage, 4,000 training images. The data set has to be prepared
+Images of 28x28 pixels, 16 channels in the first stage, 3,000 training images. The data set has to be prepared
 once; the error that you get without it has the command.
 """
 
@@ -22,9 +22,9 @@ def get_config():
     config.data.name = "fashion_mnist"
     config.data.image_size = 28
     config.data.channels = 1
-    config.data.train_examples = 4000
+    config.data.train_examples = 3000
     config.data.crop_padding = 2
-    config.evaluation.every_epochs = 5
+    config.evaluation.every_epochs = 10
 
     config.optimizer.weight_decay = 5e-4
     config.optimizer.frobenius_decay = 5e-4

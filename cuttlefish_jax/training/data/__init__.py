@@ -1,11 +1,14 @@
 """Data sets, the input pipeline and augmentation. The only part that imports tfds and grain."""
 
-from cuttlefish_jax.training.data.datasets import DATASETS, Dataset, DatasetNotPreparedError, load_dataset
-from cuttlefish_jax.training.data.glue import GLUE, GlueDataset, load_glue_dataset
+from cuttlefish_jax.training.data.images.dataset import Dataset
+from cuttlefish_jax.training.data.images.datasets import DATASETS, load_dataset
+from cuttlefish_jax.training.data.images.preprocess import make_preprocess
+from cuttlefish_jax.training.data.images.small import RecordSource
 from cuttlefish_jax.training.data.pipeline import EvalInput, TrainInput, materialize
-from cuttlefish_jax.training.data.preprocess import make_preprocess
-from cuttlefish_jax.training.data.sources import ArraySource, RecordSource, Source
-from cuttlefish_jax.training.data.texts import TokenSource
+from cuttlefish_jax.training.data.prepared import DatasetNotPreparedError
+from cuttlefish_jax.training.data.sources import ArraySource, Source
+from cuttlefish_jax.training.data.texts.glue import GLUE, GlueDataset, load_glue_dataset
+from cuttlefish_jax.training.data.texts.tokens import TokenSource
 
 __all__ = [
     "DATASETS",

@@ -86,44 +86,6 @@ class ArraySource:
         return ArraySource(self.read(indices))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordSource:
-    """Examples decoded from disk when they are read, and made to fit the model.
-
-    Attributes:
-      records: ``records[i]`` is a mapping with ``"image"`` ``uint8[h, w, c]`` and ``"label"``; e.g. what
-        ``tfds.data_source`` returns. All images have one shape.
-      indices: ``int[n]``, the records that are this source's examples.
-      image_size: height and width that images are enlarged and padded to.
-      channels: that grey images are repeated to.
-    """
-
-    records: Sequence[Any]
-    indices: np.ndarray
-    image_size: int
-    channels: int
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.indices)
-
-    def read(
-        self,
-        indices: np.ndarray,
-        *,
-        seeds: Sequence[Seed] | None = None,
-        batch: np.ndarray | None = None,
-    ) -> Arrays:
-        """See :meth:`Source.read`."""
-        rows = read_records(self.records, self.indices[indices])
-        images = np.stack([row["image"] for row in rows])
-        labels = np.asarray([row["label"] for row in rows], np.int32)
-        return {
-            "image": fit_images(images, image_size=self.image_size, channels=self.channels),
-            "label": labels,
-        }
-
-
 def read_records(records: Sequence[Any], indices: np.ndarray) -> Sequence[Any]:
     """Several records; TFDS and grain sources decode many faster by one call."""
     wanted = [int(i) for i in indices]
@@ -152,35 +114,3 @@ def check_labels(labels: np.ndarray, num_classes: int, *, where: str) -> None:
             f"{where}: example {bad[0]} has label {labels[bad[0]]}, expected 0 to {num_classes - 1} "
             f"({len(bad)} of {len(labels)} are out of range)"
         )
-
-
-def fit_images(images: np.ndarray, *, image_size: int, channels: int) -> np.ndarray:
-    """Enlarges, pads and colours images to the shape that a model takes.
-
-    Images are enlarged by the largest whole factor that fits (each pixel repeated), then centred on zeros;
-    grey ones are repeated to all channels.
-
-    Args:
-      images: ``uint8[n, h, w, c]``.
-      image_size: height and width of the result.
-      channels: of the result.
-
-    Returns:
-      ``uint8[n, image_size, image_size, channels]``.
-
-    Raises:
-      ValueError: if the images are larger than ``image_size``, or coloured and ``channels`` are not theirs.
-    """
-    _, height, width, depth = images.shape
-    if max(height, width) > image_size:
-        raise ValueError(f"images of {height}x{width} do not fit image_size {image_size}")
-    if depth not in (1, channels):
-        raise ValueError(f"images of {depth} channels cannot have {channels}; only grey ones can be repeated")
-    factor = image_size // max(height, width)
-    if factor > 1:
-        images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    rows, columns = (image_size - factor * side for side in (height, width))
-    if rows or columns:
-        around = [(0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0)]
-        images = np.pad(images, around)
-    return images.repeat(channels, axis=3) if depth != channels else images

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import load_dataset, make_preprocess
-from cuttlefish_jax.training.data.mixing import mix, random_erasing
+from cuttlefish_jax.training.data.images.mixing import mix, random_erasing
 from cuttlefish_jax.training.losses import cross_entropy
 from cuttlefish_jax.training.tasks.task import AXIS, Examples, Inputs, Task
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from torch_tools import import_or_skip
 
-from cuttlefish_jax.training.data.augment import (
+from cuttlefish_jax.training.data.images.augment import (
     RANDAUGMENT_OPS,
     EvalTransform,
     RandAugment,
@@ -11,7 +11,7 @@ from cuttlefish_jax.training.data.augment import (
     apply_op,
     color_jitter,
 )
-from cuttlefish_jax.training.data.images import crop_and_resize, random_crop_box
+from cuttlefish_jax.training.data.images.decode import crop_and_resize, random_crop_box
 
 FILL = (124, 116, 104)
 # The operations whose strength has a direction.
@@ -143,7 +143,7 @@ def test_randaugment_draws_operations_magnitudes_and_signs_as_it_should(monkeypa
         calls.append((name, strength))
         return image
 
-    monkeypatch.setattr("cuttlefish_jax.training.data.augment.apply_op", record)
+    monkeypatch.setattr("cuttlefish_jax.training.data.images.augment.apply_op", record)
     rng, augment = np.random.default_rng(0), RandAugment.parse("m9-mstd0.5-inc1")
     image = Image.new("RGB", (4, 4))
     for _ in range(6000):

@@ -7,7 +7,8 @@ import pytest
 
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import ArraySource, DatasetNotPreparedError, load_dataset
-from cuttlefish_jax.training.data.sources import fit_images, in_memory
+from cuttlefish_jax.training.data.images.small import fit_images
+from cuttlefish_jax.training.data.sources import in_memory
 
 
 def data_config(name, **settings):

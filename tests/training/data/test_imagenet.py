@@ -7,9 +7,9 @@ from image_records import CMYK, GREY, SCRAMBLED, TRUNCATED, encode, make_records
 
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import DatasetNotPreparedError, EvalInput, TrainInput
-from cuttlefish_jax.training.data.augment import EvalTransform, RandAugment, TrainTransform
 from cuttlefish_jax.training.data.damage import DataError
-from cuttlefish_jax.training.data.imagenet import MEAN, EncodedImageSource, load_imagenet, transforms
+from cuttlefish_jax.training.data.images.augment import EvalTransform, RandAugment, TrainTransform
+from cuttlefish_jax.training.data.images.imagenet import MEAN, EncodedImageSource, load_imagenet, transforms
 from cuttlefish_jax.training.errors import UserError
 
 NUM_TRAIN, NUM_TEST = 20, 6
@@ -122,7 +122,7 @@ def test_an_error_in_the_augmentation_is_not_taken_for_damage(monkeypatch):
     def broken(*args, **options):
         raise ValueError("a mistake in the code")
 
-    monkeypatch.setattr("cuttlefish_jax.training.data.augment.color_jitter", broken)
+    monkeypatch.setattr("cuttlefish_jax.training.data.images.augment.color_jitter", broken)
     jittering = source(training=TrainTransform(size=16, color_jitter=0.4))
     with pytest.raises(ValueError, match="a mistake in the code"):
         jittering.read(np.arange(2), seeds=[(0,), (1,)])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from torch_tools import import_or_skip
 
-from cuttlefish_jax.training.data.images import (
+from cuttlefish_jax.training.data.images.decode import (
     DecodingError,
     central_crop_box,
     crop_and_resize,

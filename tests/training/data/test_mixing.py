@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch_tools import import_or_skip
 
-from cuttlefish_jax.training.data.mixing import cutmix_weights, mix, mix_with, random_erasing
+from cuttlefish_jax.training.data.images.mixing import cutmix_weights, mix, mix_with, random_erasing
 
 
 def batch(size=6, height=12, width=10, classes=5):

@@ -5,7 +5,7 @@ import pytest
 
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import make_preprocess
-from cuttlefish_jax.training.data.preprocess import crop_and_flip
+from cuttlefish_jax.training.data.images.preprocess import crop_and_flip
 
 SIZE, PADDING = 8, 2
 crop = jax.jit(crop_and_flip, static_argnames=("padding", "flip"))

@@ -6,7 +6,12 @@ import pytest
 from glue_tools import SPECIAL, WORDS, write_tokenizer
 
 from cuttlefish_jax.training.data.pipeline import EvalInput, TrainInput
-from cuttlefish_jax.training.data.texts import open_tokenizer, padded_lengths, tokenize, vocabulary_size
+from cuttlefish_jax.training.data.texts.tokens import (
+    open_tokenizer,
+    padded_lengths,
+    tokenize,
+    vocabulary_size,
+)
 
 PAD, UNK, CLS, SEP = range(4)
 LENGTHS = (4, 8, 16)
@@ -137,7 +142,7 @@ def test_a_source_can_be_pickled_for_reader_processes(folder):
 def test_many_texts_in_parts_are_the_texts_one_by_one(folder, monkeypatch):
     texts = [" ".join(np.random.default_rng(i).choice(WORDS, size=i % 7)) for i in range(50)]
     whole = make_source(folder, texts)
-    monkeypatch.setattr("cuttlefish_jax.training.data.texts.TOKENIZED_AT_ONCE", 7)
+    monkeypatch.setattr("cuttlefish_jax.training.data.texts.tokens.TOKENIZED_AT_ONCE", 7)
     parts = make_source(folder, texts)
     np.testing.assert_array_equal(parts.ids, whole.ids)
     np.testing.assert_array_equal(parts.offsets, whole.offsets)

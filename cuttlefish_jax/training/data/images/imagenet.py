@@ -9,15 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cuttlefish_jax.training.data.augment import EvalTransform, RandAugment, TrainTransform
 from cuttlefish_jax.training.data.damage import DAMAGED, DataError
-from cuttlefish_jax.training.data.datasets import (
-    Dataset,
-    DatasetNotPreparedError,
-    open_records,
-    split_examples,
-)
-from cuttlefish_jax.training.data.images import DecodingError, open_image
+from cuttlefish_jax.training.data.images.augment import EvalTransform, RandAugment, TrainTransform
+from cuttlefish_jax.training.data.images.dataset import Dataset
+from cuttlefish_jax.training.data.images.decode import DecodingError, open_image
+from cuttlefish_jax.training.data.prepared import DatasetNotPreparedError, open_records, split_examples
 from cuttlefish_jax.training.data.sources import Arrays, Seed, read_records
 
 TFDS_NAME = "imagenet2012"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from cuttlefish_jax.training.data.images import (
+from cuttlefish_jax.training.data.images.decode import (
     INTERPOLATIONS,
     central_crop_box,
     crop_and_resize,

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cuttlefish_jax.training.data.datasets import open_records, split_examples
+from cuttlefish_jax.training.data.prepared import open_records, split_examples
 from cuttlefish_jax.training.data.sources import READ_AT_ONCE, check_labels, read_records
-from cuttlefish_jax.training.data.texts import (
+from cuttlefish_jax.training.data.texts.tokens import (
     Text,
     TokenSource,
     open_tokenizer,
