@@ -17,10 +17,11 @@ import optax
 import cuttlefish_jax as cf
 from cuttlefish_jax.models import create_model
 from cuttlefish_jax.models.pretrained import load_pretrained
+from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
-from cuttlefish_jax.training.method import check_config, make_method, plan_from_config
+from cuttlefish_jax.training.method import make_method, plan_from_config
 from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule
 from cuttlefish_jax.training.state import TrainState, create_state
@@ -149,7 +150,8 @@ class Experiment:
             variables = load_pretrained(
                 config.name, variables, config.pretrained, fresh=config.fresh, unused=config.unused
             )
-        average = None if state.ema_params is None else variables["params"]
+        # A copy: the buffers of a state are donated, and none may be donated twice.
+        average = None if state.ema_params is None else jax.tree.map(np.array, variables["params"])
         return state.replace(**variables, ema_params=average)
 
     def abstract_state(self, phase: Phase) -> TrainState:

@@ -11,8 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.errors import ConfigError, check_setting
-from cuttlefish_jax.training.schedule import AFTER_SWITCH
+from cuttlefish_jax.training.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,21 +31,6 @@ RANK_RULES: Mapping[str, Callable[[Any], cf.RankRule]] = {
     "accumulative_rank": lambda config: cf.AccumulativeRank(),
     "energy": lambda config: cf.EnergyRank(),
     "rank_ratio": lambda config: cf.RankRatio(config.rank_ratio),
-}
-_INTEGERS = (int, "a tuple of integers, e.g. (2,3)")
-_NUMBERS = ((int, float), "a tuple of numbers, e.g. (0.5,0.75)")
-_PATTERNS = (str, "a tuple of patterns, e.g. ('stage1/*',)")
-_LISTS = {
-    "model.stage_sizes": _INTEGERS,
-    "model.fresh": _PATTERNS,
-    "model.unused": _PATTERNS,
-    "data.lengths": _INTEGERS,
-    "optimizer.freeze": _PATTERNS,
-    "schedule.milestones": _NUMBERS,
-    "plan.keep": _PATTERNS,
-    "plan.factorize": _PATTERNS,
-    "pufferfish.keep": _PATTERNS,
-    "si_fd.keep": _PATTERNS,
 }
 
 
@@ -126,7 +110,7 @@ METHODS: Mapping[str, Callable[[Config], Method]] = {
 
 
 def make_method(config: Config) -> Method:
-    """The method that the configuration describes; it must have passed :func:`check_config`."""
+    """The method that the configuration, which must have been checked, describes."""
     return METHODS[config.method](config)
 
 
@@ -189,61 +173,3 @@ def plan_from_config(
         )
     except ValueError as error:
         raise ConfigError(f"config.plan: {error}") from error
-
-
-def check_config(config: Config) -> None:
-    """Refuses settings that make no sense, before any work is done.
-
-    Raises:
-      ConfigError: names the setting, its value and what it may be.
-    """
-    one_of = {
-        "method": (config.method, tuple(METHODS)),
-        "switch.criterion": (config.switch.criterion, tuple(CRITERIA)),
-        "switch.if_never": (config.switch.if_never, ("full_rank", "switch")),
-        "switch.optimizer": (config.switch.optimizer, ("carry", "reset")),
-        "switch.learning_rate": (config.switch.learning_rate, AFTER_SWITCH),
-        "ranks.method": (config.ranks.method, ("exact", "lanczos")),
-        "data.interpolation": (config.data.interpolation, ("bilinear", "bicubic")),
-    }
-    for key, (value, valid) in one_of.items():
-        check_setting(f"config.{key}", value, value in valid, f"one of {', '.join(valid)}")
-    for rule in config.plan.rank_rule.split("+"):
-        known = f"one of {', '.join(RANK_RULES)}, or several joined by +"
-        check_setting("config.plan.rank_rule", config.plan.rank_rule, rule in RANK_RULES, known)
-    for key, (kind, rule) in _LISTS.items():
-        section, _, name = key.partition(".")
-        value = config[section][name]
-        is_list = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
-        check_setting(f"config.{key}", value, is_list, rule)
-    at_least_1 = (
-        "epochs batch_size checkpoint.keep checkpoint.every_epochs evaluation.every_epochs "
-        "optimizer.accumulation_steps data.repeated_augmentation data.max_length plan.round_to"
-    )
-    for key in at_least_1.split():
-        _check_number(config, key, lambda value: value >= 1, "1 or more")
-    for key in ("switch.epoch", "data.workers", "profile.min_speedup", "data.mixup", "data.cutmix"):
-        _check_number(config, key, lambda value: value >= 0, "0 or more")
-    for key in (
-        "switch.deadline",
-        "plan.rank_ratio",
-        "profile.ratio",
-        "pufferfish.rank_ratio",
-        "si_fd.rank_ratio",
-    ):
-        _check_number(config, key, lambda value: 0 < value <= 1, "in (0, 1]")
-    _check_number(config, "data.random_erasing", lambda value: 0 <= value <= 1, "in [0, 1]")
-    for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path"):
-        _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
-    _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
-    if config.plan.extra_batch_norm and make_method(config).frobenius_decay:
-        raise ConfigError(
-            "config.plan.extra_batch_norm and Frobenius decay (config.optimizer.frobenius_decay, or that of "
-            "the method si_fd) exclude each other: set one of them to False or 0"
-        )
-
-
-def _check_number(config: Config, key: str, is_valid: Callable[[Any], bool], rule: str) -> None:
-    section, _, name = key.rpartition(".")
-    value = config[section][name] if section else config[name]
-    check_setting(f"config.{key}", value, is_valid(value), rule)

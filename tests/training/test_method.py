@@ -9,11 +9,11 @@ import pytest
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.models import create_model
+from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.errors import ConfigError
 from cuttlefish_jax.training.method import (
     METHODS,
-    check_config,
     deadline,
     make_method,
     make_tracker,
