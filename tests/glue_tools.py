@@ -1,9 +1,10 @@
-"""Tiny tasks of GLUE, written as TFDS does but without TensorFlow, and a BERT and a tokenizer for them."""
+"""Tiny tasks of GLUE, and a BERT and a tokenizer for them."""
 
 import json
 import pathlib
 
 import numpy as np
+from tfds_tools import write_dataset
 
 # Of every task: the columns with texts as TFDS has them, and the number of classes (0: a float).
 COLUMNS = {
@@ -52,50 +53,14 @@ def make_rows(task, number, seed):
 def write_task(data_dir, task, rows_of_splits=None, *, number=24):
     """Writes ``{split: rows}`` of ``task``; without rows, ``number`` made-up ones for every split."""
     import tensorflow_datasets as tfds
-    from array_record.python import array_record_module
 
     columns, num_classes = COLUMNS[task]
     if rows_of_splits is None:
         rows_of_splits = {split: make_rows(task, number, i) for i, split in enumerate(splits_of(task))}
-    folder = pathlib.Path(data_dir) / "glue" / task / "2.0.0"
-    folder.mkdir(parents=True)
     label = tfds.features.ClassLabel(num_classes=num_classes) if num_classes else np.float32
-    texts = {column: tfds.features.Text() for column in columns}
-    tfds.features.FeaturesDict({**texts, "label": label, "idx": np.int32}).save_config(folder)
-    splits = []
-    for name, rows in rows_of_splits.items():
-        records = [_record(row) for row in rows]
-        path = folder / f"glue-{name}.array_record-00000-of-00001"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for record in records:
-            writer.write(record)
-        writer.close()
-        splits.append(
-            {
-                "name": name,
-                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                "numBytes": str(sum(map(len, records))),
-                "shardLengths": [str(len(records))],
-            }
-        )
-    info = dict(name="glue", configName=task, version="2.0.0", fileFormat="array_record", splits=splits)
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    features = {column: tfds.features.Text() for column in columns} | {"label": label, "idx": np.int32}
+    write_dataset(data_dir, "glue", "2.0.0", features, rows_of_splits, config=task)
     return str(data_dir)
-
-
-def _record(row):
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()
-    for name, value in row.items():
-        feature = example.features.feature[name]
-        if isinstance(value, str | bytes):
-            feature.bytes_list.value.append(value.encode() if isinstance(value, str) else value)
-        elif isinstance(value, float):
-            feature.float_list.value.append(value)
-        else:
-            feature.int64_list.value.append(value)
-    return example.SerializeToString()
 
 
 def write_tokenizer(folder, words=WORDS, *, special=True):
