@@ -24,12 +24,13 @@ SMALL = {
     "plan.rank_rule": "rank_ratio",
 }
 CONVOLUTIONAL = {"model.width": 8}
+RESIDUAL = CONVOLUTIONAL | {"model.stage_sizes": (1, 1, 1, 1)}
 PATCHES = {"model.width": 32, "model.depth": 2, "model.patch": 8}
 NETWORKS = {
-    "resnet18": CONVOLUTIONAL,
+    "resnet18": RESIDUAL,
     "vgg19": CONVOLUTIONAL,
-    "resnet50": CONVOLUTIONAL,
-    "wide_resnet50_2": CONVOLUTIONAL,
+    "resnet50": RESIDUAL,
+    "wide_resnet50_2": RESIDUAL,
     "deit_base": PATCHES | {"model.heads": 2},
     "resmlp_s36": PATCHES,
 }
@@ -76,7 +77,7 @@ def test_examples_of_the_readme(name, tmp_path):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
     config.update_from_flattened_dict(
-        SMALL | CONVOLUTIONAL | {"data.name": "digits", "data.image_size": 8, "plan.keep": ()}
+        SMALL | RESIDUAL | {"data.name": "digits", "data.image_size": 8, "plan.keep": ()}
     )
     check(run(config, tmp_path), tmp_path)
 
