@@ -61,7 +61,11 @@ def check_config(config: Config) -> None:
     )
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
-    for key in ("switch.epoch", "data.workers", "profile.min_speedup", "data.mixup", "data.cutmix"):
+    at_least_0 = (
+        "seed switch.epoch profile.min_speedup data.train_examples data.validation_examples data.workers "
+        "data.crop_padding data.color_jitter data.mixup data.cutmix"
+    )
+    for key in at_least_0.split():
         _check_number(config, key, lambda value: value >= 0, "0 or more")
     for key in (
         "switch.deadline",
