@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cuttlefish_jax.training.data.damage import DataError
 from cuttlefish_jax.training.data.images.dataset import Dataset
 from cuttlefish_jax.training.data.prepared import open_records, split_examples
 from cuttlefish_jax.training.data.sources import Arrays, ArraySource, Seed, read_records
@@ -65,7 +66,14 @@ def load_tfds(data: Any) -> Dataset:
     train, validation = split_examples(data, len(records["train"]))
 
     def source(split: str, indices: np.ndarray) -> RecordSource:
-        return RecordSource(records[split], indices, data.image_size, data.channels)
+        return RecordSource(
+            records=records[split],
+            indices=indices,
+            image_size=data.image_size,
+            channels=data.channels,
+            num_classes=spec.num_classes,
+            where=f"{data.name}, split {split}",
+        )
 
     dataset = Dataset(
         name=data.name,
@@ -85,7 +93,7 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(float(v) for v in values) * (channels // len(values))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class RecordSource:
     """Examples decoded from disk when they are read, and made to fit the model.
 
@@ -95,12 +103,16 @@ class RecordSource:
       indices: ``int[n]``, the records that are this source's examples.
       image_size: height and width that images are enlarged and padded to.
       channels: that grey images are repeated to.
+      num_classes: labels are ``0 ... num_classes - 1``.
+      where: what the records are called in messages.
     """
 
     records: Sequence[Any]
     indices: np.ndarray
     image_size: int
     channels: int
+    num_classes: int
+    where: str
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -113,14 +125,36 @@ class RecordSource:
         seeds: Sequence[Seed] | None = None,
         batch: np.ndarray | None = None,
     ) -> Arrays:
-        """See :meth:`Source.read`."""
-        rows = read_records(self.records, self.indices[indices])
+        """See :meth:`Source.read`.
+
+        Raises:
+          DataError: if a label is none of the classes', or an image cannot be decoded: of these few megabytes
+            there is no reason to put up with a part.
+        """
+        numbers = self.indices[indices]
+        rows = self._rows(numbers)
         images = np.stack([row["image"] for row in rows])
         labels = np.asarray([row["label"] for row in rows], np.int32)
+        for i in np.flatnonzero((labels < 0) | (labels >= self.num_classes)):
+            raise DataError(
+                f"{self.where}: record {numbers[i]} has label {labels[i]}, expected 0 to "
+                f"{self.num_classes - 1}: prepare the data set again"
+            )
         return {
             "image": fit_images(images, image_size=self.image_size, channels=self.channels),
             "label": labels,
         }
+
+    def _rows(self, numbers: np.ndarray) -> Sequence[Any]:
+        try:
+            return read_records(self.records, numbers)
+        except Exception as error:  # of whatever type the decoder that TFDS found has
+            if len(numbers) > 1:
+                return [row for number in numbers for row in self._rows(np.array([number]))]
+            problem = " ".join(str(error).split())
+            raise DataError(
+                f"{self.where}: record {numbers[0]} cannot be read ({problem}): prepare the data set again"
+            ) from error
 
 
 def fit_images(images: np.ndarray, *, image_size: int, channels: int) -> np.ndarray:

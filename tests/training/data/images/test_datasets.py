@@ -1,12 +1,16 @@
+import io
 import pathlib
 import pickle
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+from tfds_tools import write_dataset
 
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import ArraySource, DatasetNotPreparedError, load_dataset
+from cuttlefish_jax.training.data.damage import DataError
 from cuttlefish_jax.training.data.images.small import fit_images
 from cuttlefish_jax.training.data.sources import in_memory
 
@@ -140,6 +144,36 @@ def test_data_prepared_in_another_format_says_so(prepared, tmp_path):
 def test_impossible_settings_are_one_line_errors(settings, message):
     with pytest.raises(ValueError, match=message) as error:
         load_dataset(data_config(**{"name": "digits", **settings}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"label": 10}, r"record 7 has label 10, expected 0 to 9: prepare the data set again$"),
+        ({"label": -1}, r"record 7 has label -1, expected 0 to 9: prepare the data set again$"),
+        ({"image": b"no image"}, r"record 7 cannot be read \(.+\): prepare the data set again$"),
+    ],
+)
+def test_a_bad_record_is_named(damage, message, tmp_path):
+    import tensorflow_datasets as tfds
+
+    png = io.BytesIO()
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(png, format="PNG")
+    rows = [{"image": png.getvalue(), "label": i % 10} for i in range(12)]
+    rows[7] |= damage
+    features = {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    write_dataset(tmp_path, "fashion_mnist", "3.0.1", features, {"train": rows[:7], "test": rows})
+    data = default_config().data
+    data.update(dict(name="fashion_mnist", data_dir=str(tmp_path), channels=1))
+    dataset = load_dataset(data)
+    in_memory(dataset.train)
+    assert len(dataset.test.read(np.arange(7))["label"]) == 7
+    with pytest.raises(DataError, match=f"^fashion_mnist, split test: {message}") as error:
+        in_memory(dataset.test)
     assert "\n" not in str(error.value)
 
 
