@@ -51,7 +51,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             print(f"{directory.path} is finished: see summary.json there, or give another --workdir")
             return directory.read_json("summary.json") or {}
         experiment = Experiment.from_config(config)
-        directory.claim(config)
+        directory.check(config)
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
@@ -78,6 +78,7 @@ class _Run:
         self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
         self.rank_seconds, self.ranks_compiled = 0.0, False
         self.phase, self.state = self._start()
+        self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
 
     def to_the_end(self) -> dict[str, Any]:

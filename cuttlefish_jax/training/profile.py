@@ -46,6 +46,8 @@ def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
         try:
             profile = cf.KernelProfile.from_json(json.dumps(document))
             profile.check(experiment.kernels)
+            if profile.ratio != experiment.config.profile.ratio:
+                raise ValueError(f"it was measured at ratio {profile.ratio:g}, not config.profile.ratio")
         except ValueError as error:
             raise WorkdirError(f"{file}: {error}. Delete the file to measure again") from error
         return profile.to_json()

@@ -77,10 +77,16 @@ class Workdir:
         Raises:
           WorkdirError: if the directory belongs to a run with other settings; the message has all of them.
         """
+        is_free = self.check(config, ignore=ignore)
+        if is_free:
+            self.write_json("config.json", json.loads(_to_json(config)))
+        return is_free
+
+    def check(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> bool:
+        """As :meth:`claim`, but a directory without a run stays free: its settings may yet turn out wrong."""
         ours = json.loads(_to_json(config))
         theirs = self.read_json("config.json")
         if theirs is None:
-            self.write_json("config.json", ours)
             return True
         theirs, ours = _flatten(theirs), _flatten(ours)
         different = [

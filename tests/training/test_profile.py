@@ -160,6 +160,8 @@ def test_where_nothing_gets_faster_the_run_ends_at_once(method, experiment, tmp_
         run(make_config(method=method), tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "checkpoints" / "1").exists()
+    # The same directory takes the settings that were mended.
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("method", ["pufferfish", "si_fd"])

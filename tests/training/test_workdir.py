@@ -34,6 +34,16 @@ def test_the_first_claim_writes_the_settings_and_the_second_finds_them(workdir):
     assert saved["name"] == "unnamed"
 
 
+def test_a_check_leaves_a_free_directory_free_and_refuses_as_a_claim_does(workdir):
+    config = default_config()
+    config.seed = 3
+    assert workdir.check(config)
+    assert workdir.claim(default_config())
+    assert not workdir.check(default_config())
+    with pytest.raises(WorkdirError, match=r"settings: seed \(there 0, here 3\)\."):
+        workdir.check(config)
+
+
 def test_other_settings_are_refused_by_name_and_value(workdir):
     workdir.claim(default_config())
     config = default_config()
