@@ -88,6 +88,17 @@ def measure(functions: dict[str, Callable[[int], object]], images: int, rounds: 
     ]
 
 
+def decoding_rows(
+    *, width: int = 500, height: int = 375, size: int = 224, images: int = 64, rounds: int = 9
+) -> tuple[list[dict[str, Any]], str]:
+    """One row for each way, and what the images were."""
+    rng = np.random.default_rng(0)
+    encoded = [make_jpeg(rng, width, height) for _ in range(images)]
+    kilobytes = statistics.mean(map(len, encoded)) / 1e3
+    about = f"{images} JPEGs of {width}x{height}, {kilobytes:.0f} kB on average; crops of {size}x{size}"
+    return measure(ways(encoded, size), images, rounds), about
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,13 +109,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="write the table to this file too")
-    args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    encoded = [make_jpeg(rng, args.width, args.height) for _ in range(args.images)]
-    rows = measure(ways(encoded, args.size), args.images, args.rounds)
-    kilobytes = statistics.mean(map(len, encoded)) / 1e3
-    images = f"{args.images} JPEGs of {args.width}x{args.height}, {kilobytes:.0f} kB on average"
-    report(rows, args.json, notes=[f"{images}; crops of {args.size}x{args.size}"])
+    args = vars(parser.parse_args())
+    json_file = args.pop("json")
+    rows, about = decoding_rows(**args)
+    report(rows, json_file, notes=[about])
 
 
 if __name__ == "__main__":

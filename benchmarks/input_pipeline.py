@@ -1,4 +1,4 @@
-"""How much of a training step is spent waiting for input, on device and from the host.
+"""How much of a step is spent waiting for input, on device and from the host; images/s of ImageNet's input.
 
     python benchmarks/input_pipeline.py [--config configs/quickstart.py] [--config.key=value] [--json FILE]
 
@@ -6,6 +6,9 @@ For each way, the step of train.py runs on batches as they come, and on one batc
 first takes longer is "lost" to the input. The loops alternate, and the median of the rounds' own differences
 is reported, with their extremes. On a machine that others use as well the rounds differ by more than the
 loss: there, look at "blocked", the share of the loop that was spent inside the call for the next batch.
+
+The last rows are of ImageNet's decoding and augmentation on one core, beside the bare decoding of the JPEGs,
+see benchmarks/image_decoding.py; ``--nodecoding`` leaves them out.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 from absl import app, flags
 from common import Runner, report
+from image_decoding import decoding_rows
 from ml_collections import ConfigDict, config_flags
 
 from cuttlefish_jax.training.experiment import Experiment
@@ -25,6 +29,7 @@ _READ_AHEAD = 16
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py")
 _STEPS = flags.DEFINE_integer("steps", 30, "timed steps of one loop", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds; the medians are reported", 1)
+_DECODING = flags.DEFINE_bool("decoding", True, "whether to measure ImageNet's decoding too")
 _JSON = flags.DEFINE_string("json", None, "write the table to this file too")
 
 
@@ -65,7 +70,12 @@ def main(_: list[str]) -> None:
     with config.unlocked():
         rows = measure(config, _STEPS.value, _ROUNDS.value)
     shape = f"{config.data.image_size}x{config.data.image_size}, batch {config.batch_size}"
-    report(rows, _JSON.value, notes=[f"{config.name}: {config.model.name}, {config.data.name} {shape}"])
+    notes = [f"{config.name}: {config.model.name}, {config.data.name} {shape}"]
+    if _DECODING.value:
+        decoding, about = decoding_rows()
+        rows += [{"input": f"ImageNet: {row.pop('way')}", **row} for row in decoding]
+        notes.append(f"ImageNet: {about}")
+    report(rows, _JSON.value, notes=notes)
 
 
 if __name__ == "__main__":
