@@ -4,9 +4,10 @@
     python benchmarks/methods.py --config configs/fashion_mnist.py --seeds 3 [--out runs/methods]
         [--json FILE] [-- --config.epochs=20 ...]
 
-Methods are those of train.py, and ``narrow``: a full-rank network with fewer channels. It, pufferfish and
-si_fd get as many parameters as cuttlefish came to with the same seed, or a few more: their ratio and width
-are the smallest that give them so many. With ``--published`` the ratios are the configuration's own.
+Methods are those of train.py, and two full-rank networks with fewer channels, between which lies the number
+of parameters that cuttlefish came to with the same seed: ``narrow`` has at most so many, ``narrow_next`` one
+more channel. Pufferfish and si_fd get as many, or a few more: their ratio is the smallest that gives them so
+many. With ``--published`` the ratios are the configuration's own.
 
 Runs that are finished in --out are not run again. What follows ``--`` goes to every run.
 """
@@ -31,13 +32,14 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.models import create_model
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("full_rank", "cuttlefish", "pufferfish", "si_fd", "narrow")
+NARROW = ("narrow", "narrow_next")
+METHODS = ("full_rank", "cuttlefish", "pufferfish", "si_fd", *NARROW)
 
 
 def run(options: argparse.Namespace, method: str, seed: int, target: dict[str, Any] | None) -> dict[str, Any]:
     """The summary of one run; ``target`` is that of the network whose size it shall have."""
     workdir = Path(options.out).absolute() / f"{method}-{seed}"
-    name = "full_rank" if method == "narrow" else method
+    name = "full_rank" if method in NARROW else method
     settings = [f"--config={options.config}", f"--config.method={name}", f"--config.seed={seed}"]
     if target is not None and not (workdir / "summary.json").exists():
         settings += matched(options, method, target)
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace, method: str, seed: int, target: dict[str, A
         config = json.loads((workdir / "config.json").read_text())
         settings += (
             [f"--config.model.width={config['model']['width']}"]
-            if method == "narrow"
+            if method in NARROW
             else [f"--config.{method}.rank_ratio={config[method]['rank_ratio']}"]
         )
     subprocess.run(
@@ -61,10 +63,10 @@ def matched(options: argparse.Namespace, method: str, target: dict[str, Any]) ->
     """The setting that gives a method as many parameters as ``target`` has, or a few more."""
     config = load_config(options)
     width = config.model.width or 64
-    if method == "narrow":
-        widths = range(1, width + 1)
-        fits = smallest(widths, lambda w: num_params(config, target, w), target["params_final"])
-        return [f"--config.model.width={fits}"]
+    if method in NARROW:
+        sizes = {w: num_params(config, target, w) for w in range(1, width + 1)}
+        fits = max([w for w, size in sizes.items() if size <= target["params_final"]], default=1)
+        return [f"--config.model.width={fits + (method == 'narrow_next')}"]
     kernels = find_kernels(config, target, width)
     rules = [cf.Rule(pattern, keep=True) for pattern in config[method].keep]
 
@@ -113,7 +115,7 @@ def load_config(options: argparse.Namespace) -> Any:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains with every method and seed; the rows of the table."""
-    matched_methods = {"narrow"} if options.published else {"narrow", "pufferfish", "si_fd"}
+    matched_methods = {*NARROW, *(() if options.published else ("pufferfish", "si_fd"))}
     seeds = range(options.seeds)
     with ThreadPoolExecutor(options.jobs) as pool:
         # Alternating, so that a slow hour falls on all of them. What has to be as large as cuttlefish's
