@@ -36,6 +36,11 @@ def assert_same_bits(actual, expected):
         assert (a.dtype, a.shape, a.tobytes()) == (e.dtype, e.shape, e.tobytes())
 
 
+def own_messages(caplog):
+    """What the package logged; asyncio complains of orbax's failed tasks long after the test that they are of."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("cuttlefish_jax")]
+
+
 def save_all(directory, steps, *, keep=2):
     with Checkpointer(directory, keep=keep) as checkpointer:
         for step in steps:

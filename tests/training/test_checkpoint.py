@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_tools import assert_same_bits, make_state, names, restore, save_all
+from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
 
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import CheckpointError
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, caplog)
         restored = restore(tmp_path)
     assert restored.step == 20
     assert_same_bits(restored.into(make_state(20)), make_state(20))
-    [warning] = caplog.messages
+    [warning] = own_messages(caplog)
     assert f"{tmp_path}/30: " in warning
     assert names(tmp_path) == ["10", "20", "30"]
 

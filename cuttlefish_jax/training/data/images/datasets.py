@@ -35,6 +35,7 @@ def load_dataset(data: Any) -> Dataset:
         there.
 
     Example:
+      >>> import numpy as np
       >>> from cuttlefish_jax.training.config import default_config
       >>> data = default_config().data
       >>> data.name = "digits"
