@@ -37,7 +37,7 @@ def assert_same_bits(actual, expected):
 
 
 def own_messages(caplog):
-    """What the package logged; asyncio complains of orbax's failed tasks long after the test that they are of."""
+    """What the package logged; asyncio complains of orbax's failed tasks long after their test."""
     return [record.getMessage() for record in caplog.records if record.name.startswith("cuttlefish_jax")]
 
 
