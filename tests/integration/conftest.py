@@ -6,11 +6,17 @@ import pytest
 from configs import quickstart
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory):
-    """Most of these runs compile the same steps: once is enough."""
+    """A folder for compiled programs: most of these runs compile the same steps, and once is enough."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(compilation_cache):
+    """Only in these files: programs that are optimised otherwise give other bits, which other tests look at."""
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_compilation_cache_dir": compilation_cache,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         # A program runs a few times here: optimising it takes longer than it saves.
         "jax_disable_most_optimizations": True,
@@ -21,6 +27,8 @@ def compilation_cache(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    # The jitted functions of this process were compiled in the meantime for these settings.
+    jax.clear_caches()
 
 
 @pytest.fixture
