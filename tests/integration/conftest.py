@@ -14,7 +14,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(compilation_cache):
-    """Only in these files: programs that are optimised otherwise give other bits, which other tests look at."""
+    """Only in these files: programs optimised otherwise give other bits, which other tests compare."""
     settings = {
         "jax_compilation_cache_dir": compilation_cache,
         "jax_persistent_cache_min_compile_time_secs": 0.2,
