@@ -21,7 +21,8 @@ then, and 48,813,314 of them trained. Cuttlefish's own ranks, of all layers and 
     --config.plan.rank_rule=scaled_stable_rank+accumulative_rank --config.plan.keep="('pooler',)"
     --config.optimizer.freeze="()" --config.switch.learning_rate_factor=1.0
 
-The switch stays at its fixed epoch: three epochs are too few to see stable ranks converge.
+The switch stays at its fixed epoch: three epochs are too few to see stable ranks converge. Nor is it measured
+which layers get faster, since the reference keeps none of them: --config.profile.enabled=True does so.
 
 Published results of the same fine-tuning without low rank (examples of Hugging Face transformers, with
 PyTorch): CoLA 56.53, SST-2 92.32, MRPC 88.85 (F1), STS-B 88.64 / 88.48, QQP 87.49 (F1), MNLI 83.91 / 84.10,
