@@ -58,9 +58,9 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
         for path, factors in factor_matrices(params, plan).items():
             kernels = plan.kernels[path].factors(plan.ranks[path])
             for kernel, gradient in zip(kernels, _gradients(*factors), strict=True):
-                old = subtree(updates, kernel.path)["kernel"]
+                old = subtree(updates, kernel.path)[kernel.param]
                 new = old + coefficient * kernel.from_matrix(gradient).astype(old.dtype)
-                updates = _with_kernel(updates, kernel.path.split("/"), new)
+                updates = _with_kernel(updates, [*kernel.path.split("/"), kernel.param], new)
         return updates
 
     return optax.stateless(update)
@@ -73,6 +73,5 @@ def _gradients(
 
 
 def _with_kernel(tree: Any, keys: list[str], value: Any) -> Any:
-    if not keys:
-        return {**tree, "kernel": value}
-    return {**tree, keys[0]: _with_kernel(tree[keys[0]], keys[1:], value)}
+    key, *inner = keys
+    return {**tree, key: _with_kernel(tree[key], inner, value) if inner else value}

@@ -87,7 +87,9 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """
     for path in plan.ranks:
         check_kernel(params, plan.kernels[path])
-    factors = _balanced_factors({path: subtree(params, path)["kernel"] for path in plan.ranks}, plan)
+    factors = _balanced_factors(
+        {path: subtree(params, path)[plan.kernels[path].param] for path in plan.ranks}, plan
+    )
     low = split_layers(params, plan, lambda path, _: factors[path])
     if plan.extra_batch_norm:
         low = _add_extra_norms(low, plan, {"scale": jnp.ones, "bias": jnp.zeros})
@@ -117,7 +119,7 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
         rest = {
             key: value for key, value in subtree(params, f"{path}/v".lstrip("/")).items() if key != "kernel"
         }
-        merged = _replaced(merged, path, {"kernel": kernel.from_matrix(matrix), **rest})
+        merged = _replaced(merged, path, {kernel.param: kernel.from_matrix(matrix), **rest})
     return merged
 
 
@@ -153,8 +155,9 @@ def split_layers(
     low = _copy(tree)
     for path in plan.ranks:
         layer = dict(subtree(tree, path))
-        u, v = split(path, layer.pop("kernel"))
-        low = _replaced(low, path, {"u": {"kernel": u}, "v": {"kernel": v, **layer}})
+        param = plan.kernels[path].param
+        u, v = split(path, layer.pop(param))
+        low = _replaced(low, path, {"u": {param: u}, "v": {"kernel": v, **layer}})
     return low
 
 

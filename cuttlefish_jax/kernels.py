@@ -1,7 +1,7 @@
 """Which kernels a model has, and which of their axes make each one a matrix.
 
-A *kernel* is the weight array of one layer, at ``<path of the layer>/kernel`` in the params tree. Some of
-its axes are contracted with the layer's input (the *reduction axes*), some become the features of its
+A *kernel* is the weight array of one layer, usually at ``<path of the layer>/kernel`` in the params tree.
+Some of its axes are contracted with the layer's input (the *reduction axes*), some become the features of its
 output (the *output axes*), and, in layers stacked by ``scan`` or ``vmap``, some count independent copies
 (the *stack axes*). Read with the reduction axes first and the output axes last, a kernel is one matrix
 ``f32[m, n]`` per copy; everything the package does to a kernel, it does to that matrix.
@@ -28,7 +28,7 @@ class Kernel:
     """One layer's kernel, and how it is read as a matrix.
 
     Attributes:
-      path: the layer's path in the params tree, joined by ``/``; the kernel is at ``path/kernel``.
+      path: the layer's path in the params tree, joined by ``/``; the kernel is at ``path/<param>``.
       layer: the layer's type, e.g. ``"Dense"``, ``"Conv"`` or ``"DenseGeneral"``.
       shape: shape of the parameter, stack axes included.
       reduction_axes: axes contracted with the input; together they are the matrix's ``m`` rows.
@@ -38,6 +38,7 @@ class Kernel:
         factors' own stack axes are inserted at the same indices. By default the ``stack_axes``.
       positions: how often one copy's matrix is applied for one example in one forward pass (spatial
         positions or tokens, summed over all calls of a shared layer).
+      param: the name of the parameter in its layer: ``"kernel"``, or what else the layer's type calls it.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Kernel:
     stack_axes: tuple[int, ...] = ()
     stack_indices: tuple[int, ...] | None = None
     positions: int = 1
+    param: str = "kernel"
 
     @property
     def m(self) -> int:
@@ -120,6 +122,7 @@ class Kernel:
             stack_axes=stack,
             stack_indices=self.stack_indices,
             positions=self.positions,
+            param=self.param if name == "u" else "kernel",
         )
 
     def _insert_stack(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -201,18 +204,18 @@ def subtree(params: Params, path: str) -> Params:
 def check_kernel(params: Params, kernel: Kernel) -> None:
     """Raises a ValueError if ``params`` are not those of the model that ``kernel`` was found in."""
     layer = subtree(params, kernel.path)
-    if not isinstance(layer, Mapping) or "kernel" not in layer:
+    if not isinstance(layer, Mapping) or kernel.param not in layer:
         has = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
-        raise ValueError(f"params have no kernel at {kernel.path!r}: the layer has {has}")
-    if not hasattr(layer["kernel"], "shape"):
+        raise ValueError(f"params have no {kernel.param} at {kernel.path!r}: the layer has {has}")
+    if not hasattr(layer[kernel.param], "shape"):
         raise ValueError(
-            f"the kernel at {kernel.path!r} is a {type(layer['kernel']).__name__}, not an array: "
+            f"the {kernel.param} at {kernel.path!r} is a {type(layer[kernel.param]).__name__}, not an array: "
             "take params out of their boxes first, with flax.linen.meta.unbox"
         )
-    shape = tuple(layer["kernel"].shape)
+    shape = tuple(layer[kernel.param].shape)
     if shape != kernel.shape:
         raise ValueError(
-            f"the kernel at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
+            f"the {kernel.param} at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
             "these are the params of another model"
         )
 
@@ -224,7 +227,7 @@ def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
       ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
     """
     check_kernel(params, kernel)
-    return kernel.to_matrix(subtree(params, kernel.path)["kernel"])
+    return kernel.to_matrix(subtree(params, kernel.path)[kernel.param])
 
 
 @functools.singledispatch

@@ -67,7 +67,7 @@ def _pseudo_inverses(rows):
 
 
 def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
-    leaves = {path: subtree(tree, path)["kernel"] for path in plan.ranks}
+    leaves = {path: subtree(tree, path)[plan.kernels[path].param] for path in plan.ranks}
     present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
     halves = _split_all(present, factors, plan, split)
     return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))

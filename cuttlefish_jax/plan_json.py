@@ -66,6 +66,8 @@ def _kernel(entry: Any) -> Kernel:
         stack_axes=_READER.integers(entry, "stack_axes"),
         stack_indices=None if default else _READER.integers(entry, "stack_indices"),
         positions=_READER.get(entry, "positions", int),
+        # Documents of version 0.1.0 do not have it.
+        param=_READER.get(entry, "param", str) if "param" in entry else "kernel",
     )
     axes = kernel.stack_axes + kernel.reduction_axes + kernel.output_axes
     if sorted(axes) != list(range(len(kernel.shape))) or not kernel.reduction_axes or not kernel.output_axes:

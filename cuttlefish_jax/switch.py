@@ -119,7 +119,7 @@ def carry_opt_state(
 
     def can_project(node: Any) -> bool:
         # Not the rows' sums of a factored second moment, or one number for a layer.
-        kernels = [(path, subtree(node, path)["kernel"]) for path in plan.ranks]
+        kernels = [(path, subtree(node, path)[plan.kernels[path].param]) for path in plan.ranks]
         return all(
             isinstance(leaf, MaskedNode) or jnp.shape(leaf) == plan.kernels[path].shape
             for path, leaf in kernels
