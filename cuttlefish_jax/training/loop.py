@@ -75,7 +75,9 @@ class _Run:
         self.checkpointer = checkpointer
         self.best = best
         self.progress = Progress(make_tracker(self.config))
-        self.replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
+        replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
+        # A program, and not device_put, which cannot put random keys on the devices of other hosts.
+        self.replicate = jax.jit(lambda state: state, out_shardings=replicated)
         self.rank_seconds, self.ranks_compiled = 0.0, False
         self.phase, self.state = self._start()
         self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
@@ -114,7 +116,7 @@ class _Run:
         # What was written after the checkpoint will be written again.
         self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
         self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
-        state = jax.device_put(state, self.replicated)
+        state = self.replicate(state)
         if restored is None:
             self.state, self.phase = state, phase
             self._measure(0)
@@ -170,7 +172,7 @@ class _Run:
             # The moments are forgotten; the counters, which the learning rate follows, are not.
             zeroed = optax.tree_map_params(phase.tx, jnp.zeros_like, state.opt_state)
             state = state.replace(opt_state=zeroed)
-        self.state = jax.block_until_ready(jax.device_put(state, self.replicated))
+        self.state = jax.block_until_ready(self.replicate(state))
         self.phase = phase
         progress.plan, progress.switch_epoch = plan, epoch
         # The full-rank network is not a candidate for the best low-rank one.

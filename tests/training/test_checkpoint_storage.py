@@ -11,6 +11,7 @@ import time
 import jax
 import pytest
 from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
+from host_tools import run_on_two_hosts
 
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import StorageError, UserError
@@ -100,8 +101,6 @@ def test_a_process_killed_while_saving_leaves_whole_checkpoints(tmp_path, caplog
 
 _TWO_HOSTS = """
     import json, sys, jax, numpy as np
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{sys.argv[3]}", 2, int(sys.argv[2]))
     from cuttlefish_jax.training.checkpoint import Checkpointer
     mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -125,25 +124,7 @@ _TWO_HOSTS = """
 
 
 @pytest.mark.slow
-def test_two_hosts_save_one_checkpoint_and_agree_on_what_is_whole(tmp_path, unused_port):
-    command = [sys.executable, "-c", textwrap.dedent(_TWO_HOSTS), str(tmp_path)]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    hosts = [
-        subprocess.Popen(
-            [*command, str(i), str(unused_port)], stdout=subprocess.PIPE, env=environment, text=True
-        )
-        for i in range(2)
-    ]
-    for host in hosts:
-        output, _ = host.communicate(timeout=120)
+def test_two_hosts_save_one_checkpoint_and_agree_on_what_is_whole(tmp_path):
+    for output in run_on_two_hosts(_TWO_HOSTS, tmp_path):
         assert json.loads(output.splitlines()[-1]) == [2, True, 3]
     assert names(tmp_path) == ["1", "2", "3"]
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cuttlefish_jax.training.data.damage import DAMAGED, damage_taker
 from cuttlefish_jax.training.data.sources import Arrays, Source, in_memory
-from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream
+from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream, place
 
 Devices = Sequence[Any]  # of jax.Device, which is no type to a type checker
 
@@ -216,13 +216,14 @@ def _bring(
     source: Source, on_device: bool, devices: Devices | None
 ) -> tuple[Batch, Source | None, NamedSharding]:
     """What is resident on the devices, what batches are read from, and the sharding of batches."""
-    mesh = Mesh(np.asarray(jax.local_devices() if devices is None else devices), ("batch",))
+    # Of all hosts: each brings its part, and the arrays are global ones.
+    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), ("batch",))
     sharded = NamedSharding(mesh, PartitionSpec("batch"))
     if not on_device:
         return {}, source, sharded
     # Placed on all devices now: pmap would copy an array that lies on one device to the others every step.
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.device_put(dict(in_memory(source).arrays), everywhere), None, sharded
+    return place(dict(in_memory(source).arrays), everywhere), None, sharded
 
 
 def _train_batch(

@@ -88,8 +88,13 @@ class Stream:
         self._position = start
 
 
+def place(batch: HostBatch, sharding: NamedSharding) -> Batch:
+    """This host's part of global arrays, on its devices."""
+    return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
+
+
 def _place(sharding: NamedSharding, take: Callable[[HostBatch], HostBatch], batch: HostBatch) -> Batch:
-    return jax.device_put(take(batch), sharding)
+    return place(take(batch), sharding)
 
 
 def _close(readers: list[Any]) -> None:
