@@ -171,6 +171,7 @@ def make_plan(
     rules: Sequence[Rule] = (),
     profile: KernelProfile | None = None,
     min_speedup: float = 1.5,
+    min_layer_speedup: float = 1.0,
     round_to: int = 1,
     min_rank_ratio: float = 0.0,
     extra_batch_norm: bool = False,
@@ -196,6 +197,8 @@ def make_plan(
       rules: exceptions, tried in order.
       profile: measured speed-ups, what :func:`cuttlefish_jax.profile_kernels` returned.
       min_speedup: with a profile, the layers of a stack are kept if it gets less than this many times faster.
+      min_layer_speedup: with a profile, a layer is kept unless it is predicted to run more than this many
+        times as fast at its own rank; 0 if being smaller is enough.
       round_to: ranks are rounded up to a multiple of this (at most to ``min(m, n)``).
       min_rank_ratio: lower bound of every rank, as a share of ``min(m, n)``.
       extra_batch_norm: put a batch norm between the factors.
@@ -217,8 +220,9 @@ def make_plan(
         raise ValueError(f"round_to {round_to} is below 1")
     if not 0 <= min_rank_ratio <= 1:
         raise ValueError(f"min_rank_ratio {min_rank_ratio} is not in [0, 1]")
-    if not 0 <= min_speedup < math.inf:
-        raise ValueError(f"min_speedup {min_speedup} is not a number >= 0")
+    for name, bound in (("min_speedup", min_speedup), ("min_layer_speedup", min_layer_speedup)):
+        if not 0 <= bound < math.inf:
+            raise ValueError(f"{name} {bound} is not a number >= 0")
     check_rank_rule(rank_rule)
     _check_rules(rules, kernels)
     if profile is not None:
@@ -246,7 +250,7 @@ def make_plan(
             if _num_params_low(kernel, rank, extra_batch_norm) >= kernel.num_params():
                 reason = f"rank {rank} of {kernel.max_rank} would not make it smaller"
             elif rule is None:
-                reason = _slow_layer(profile, path, rank)
+                reason = _slow_layer(profile, path, rank, min_layer_speedup)
         if reason is None:
             ranks.append((path, rank))
         else:
@@ -288,8 +292,8 @@ def _slow_stack(profile: KernelProfile | None, path: str, min_speedup: float) ->
     return f"{gets}, less than {min_speedup:g}x"
 
 
-def _slow_layer(profile: KernelProfile | None, path: str, rank: int) -> str | None:
-    if profile is None or (speedup := profile.predicted_speedup(path, rank)) > 1:
+def _slow_layer(profile: KernelProfile | None, path: str, rank: int, min_layer_speedup: float) -> str | None:
+    if profile is None or (speedup := profile.predicted_speedup(path, rank)) > min_layer_speedup:
         return None
     return f"predicted {_times(speedup)} as fast at rank {rank}"
 

@@ -45,8 +45,9 @@ def test_the_smallest_speed_up_is_an_option():
     strict = cf.make_plan(NETWORK, rank_rule=RANK_RULE, profile=profile, min_speedup=2)
     assert strict.kept["blocks/fc"] == "stack 'blocks' gets only 1.51x faster at ratio 0.25, less than 2x"
     for speedup in (-1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=rf"min_speedup {speedup} is not a number >= 0"):
-            cf.make_plan(NETWORK, ONES, min_speedup=speedup)
+        for option in ("min_speedup", "min_layer_speedup"):
+            with pytest.raises(ValueError, match=rf"{option} {speedup} is not a number >= 0"):
+                cf.make_plan(NETWORK, ONES, **{option: speedup})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,15 @@ def test_a_layer_that_at_its_own_rank_would_not_get_faster_is_kept(rank, kept):
     plan = cf.make_plan(NETWORK, rank_rule=cf.RankRatio(rank / 24), profile=profile, min_speedup=1.4)
     assert plan.kept.get("stage/fc") == kept
     assert plan.ranks.get("stage/fc") == (None if kept else rank)
+
+
+def test_a_layer_need_not_get_faster_where_being_smaller_is_enough():
+    profile = profile_of(NETWORK, {"stage": 1.5, "blocks": 1.5})
+    rule = cf.RankRatio(10 / 24)
+    plan = cf.make_plan(NETWORK, rank_rule=rule, profile=profile, min_layer_speedup=0.0)
+    assert plan.ranks["stage/fc"] == 10
+    strict = cf.make_plan(NETWORK, rank_rule=rule, profile=profile, min_layer_speedup=0.9)
+    assert strict.kept["stage/fc"] == "predicted 0.90x as fast at rank 10"
 
 
 @pytest.mark.parametrize("option", [{}, {"rank": 7}, {"rank_ratio": 0.25}, {"min_rank_ratio": 0.1}])

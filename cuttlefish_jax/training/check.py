@@ -62,8 +62,8 @@ def check_config(config: Config) -> None:
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
     at_least_0 = (
-        "seed switch.epoch profile.min_speedup data.train_examples data.validation_examples data.workers "
-        "data.crop_padding data.color_jitter data.mixup data.cutmix"
+        "seed switch.epoch profile.min_speedup profile.min_layer_speedup data.train_examples "
+        "data.validation_examples data.workers data.crop_padding data.color_jitter data.mixup data.cutmix"
     )
     for key in at_least_0.split():
         _check_number(config, key, lambda value: value >= 0, "0 or more")

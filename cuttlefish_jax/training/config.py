@@ -134,7 +134,8 @@ def default_config() -> Config:
         dict(
             enabled=False,
             ratio=0.25,  # rank that is measured, as a share of min(m, n)
-            min_speedup=1.5,  # of a stack of layers
+            min_speedup=1.5,  # of a stack of layers, at that rank
+            min_layer_speedup=1.0,  # predicted of a layer at its own rank; 0: being smaller is enough
         )
     )
 

@@ -166,6 +166,7 @@ def plan_from_config(
             singular_values=singular_values,
             profile=profile if method.uses_profile else None,
             min_speedup=config.profile.min_speedup,
+            min_layer_speedup=config.profile.min_layer_speedup,
             rules=rules,
             round_to=config.plan.round_to,
             min_rank_ratio=config.plan.min_rank_ratio,

@@ -84,6 +84,7 @@ def config(folder, tmp_path):
             # So little that the weights stay what they are.
             "schedule.peak": 1e-30,
             "plan.rank_rule": "scaled_stable_rank",
+            "profile.enabled": False,
         }
     )
     return config
