@@ -21,8 +21,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class Checkpoint:
     """The tensors of some safetensors files; made by :func:`open_checkpoint`."""
 
-    def __init__(self, tensors: Mapping[str, tuple[Path, Any]]):
+    def __init__(self, tensors: Mapping[str, tuple[Path, Any]], metadata: Mapping[str, str]):
         self._tensors = tensors
+        self.metadata = metadata  # of all files together
 
     @property
     def names(self) -> list[str]:
@@ -63,6 +64,7 @@ def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
         raise ValueError("reading pre-trained weights needs safetensors: pip install safetensors") from error
     with contextlib.ExitStack() as stack:
         tensors: dict[str, tuple[Path, Any]] = {}
+        metadata: dict[str, str] = {}
         for path in _files(source):
             try:
                 file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
@@ -70,11 +72,12 @@ def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
                 raise ValueError(f"cannot read {path}: {error}") from error
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{path} is truncated, or not a safetensors file: {error}") from error
+            metadata |= file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 if name in tensors:
                     raise ValueError(f"tensor {name!r} is in both {tensors[name][0]} and {path}")
                 tensors[name] = path, file
-        yield Checkpoint(tensors)
+        yield Checkpoint(tensors, metadata)
 
 
 def _files(source: str | Path) -> list[Path]:
