@@ -1,11 +1,13 @@
 """The learning rate after the switch: four published ways and the plain one, on networks of several kinds.
 
     python benchmarks/learning_rates.py [--seeds 3] [--networks resnet18 deit_tiny resmlp_s12] [--json FILE]
+    python benchmarks/learning_rates.py --networks bert_base --weights FOLDER [--data_dir FOLDER]
 
 Each way continues the same training (same seed, same switch, same ranks). ``continue`` lets the schedule go
 on; ``rewarmup`` is that of CIFAR in the original, ``restart`` that of ResNet-50, ``x 1/3`` that of DeiT and
 ``x 2`` that of BERT. The networks are small ones on scikit-learn's digits, with few examples and ranks at a
-quarter, so that there is something to lose: what counts is the test loss.
+quarter, so that there is something to lose: what counts is the test loss. BERT is fine-tuned on sentences of
+SST-2, from weights and a tokenizer in --weights, which no package of the project has.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 from common import report
 
-from configs import deit_base, quickstart, resmlp_s36
+from configs import bert_glue, deit_base, quickstart, resmlp_s36
 from cuttlefish_jax.training.loop import run
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -49,6 +51,19 @@ TOKENS = DIGITS | {"model.patch": 2, "model.width": 64, "model.depth": 4, "model
 TOKENS |= {"data.mixup": 0.0, "data.cutmix": 0.0, "data.repeated_augmentation": 1, "optimizer.ema": 0.0}
 TOKENS |= {"model.drop_path": 0.0, "loss.label_smoothing": 0.0, "data.train_examples": 1365}
 TOKENS |= {"epochs": 40, "switch.epoch": 16, "evaluation.every_epochs": 40, "schedule.warmup_epochs": 4.0}
+TEXTS = {
+    "data.train_examples": 600,
+    "data.max_length": 32,
+    "data.lengths": (32,),
+    "model.unused": (),
+    "schedule.peak": 1e-4,
+    "optimizer.freeze": (),
+    "evaluation.every_epochs": 3,
+    "plan.rank_ratio": 0.25,
+    "plan.keep": ("pooler",),
+    "switch.learning_rate_factor": 1.0,
+    "profile.enabled": False,
+}
 # The peaks are the best ones of full-rank training, among 3, 1, 0.3 ... times the recipe's.
 NETWORKS = {
     "resnet18": (lambda: quickstart.get_config(), DIGITS | {"model.width": 32, "plan.keep": ()}),
@@ -57,13 +72,16 @@ NETWORKS = {
         TOKENS | {"model.heads": 4, "schedule.peak": 5e-4, "optimizer.clip_norm": 1.0},
     ),
     "resmlp_s12": (lambda: resmlp_s36.get_config("digits"), TOKENS | {"schedule.peak": 1e-2}),
+    "bert_base": (lambda: bert_glue.get_config("sst2"), TEXTS),
 }
 
 
-def train(network: str, way: str, seed: int) -> dict[str, Any]:
-    """The summary and the last line of the metrics of one run."""
+def train(network: str, way: str, seed: int, places: dict[str, str]) -> dict[str, Any]:
+    """The summary and the last line of the metrics of one run; ``places`` are settings that name files."""
     make, settings = NETWORKS[network]
     config = make()
+    if network == "bert_base":
+        settings = settings | places
     config.update_from_flattened_dict(settings | WAYS[way] | {"model.name": network, "seed": seed})
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         summary = run(config, Path(workdir) / "run")
@@ -75,16 +93,22 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:-1], choices=list(NETWORKS))
+    parser.add_argument("--weights", help="a folder with pre-trained weights of the BERT family")
+    parser.add_argument("--data_dir", default="", help="where the prepared GLUE is")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", help="write the table to this file too")
     arguments = parser.parse_args()
+    if "bert_base" in arguments.networks and not arguments.weights:
+        parser.error("bert_base needs --weights FOLDER")
+    weights = dict.fromkeys(("model.pretrained", "model.config_file"), arguments.weights)
+    places = weights | {"data.data_dir": arguments.data_dir}
     rows = []
     for network in arguments.networks:
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for seed in range(arguments.seeds):
             for way, found in runs.items():
-                found.append(train(network, way, seed))
+                found.append(train(network, way, seed, places))
         for way, found in runs.items():
             losses = [summary["test_loss"] for summary in found]
             rows.append(
