@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.models import create_model
 from cuttlefish_jax.models.pretrained import load_pretrained
 from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import make_method, plan_from_config
+from cuttlefish_jax.training.network import create_network
 from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule
 from cuttlefish_jax.training.state import TrainState, create_state
@@ -180,11 +180,8 @@ class Experiment:
 
 
 def _create_model(config: Config, task: Task) -> nn.Module:
-    options = {key: value for key, value in dict(config).items() if value}
-    for key in ("name", "pretrained", "fresh", "unused", "sync_batch_norm"):
-        options.pop(key, None)
     axis_name = AXIS if config.sync_batch_norm else None
-    model = create_model(config.name, num_classes=task.num_outputs, norm_axis_name=axis_name, **options)
+    model = create_network(config, num_outputs=task.num_outputs, norm_axis_name=axis_name)
     task.check_model(model)
     return model
 

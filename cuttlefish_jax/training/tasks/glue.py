@@ -6,12 +6,12 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import GLUE, load_glue_dataset
 from cuttlefish_jax.training.losses import cross_entropy, squared_error
+from cuttlefish_jax.training.network import input_shapes
 from cuttlefish_jax.training.tasks.task import Examples, Inputs, Task
 
 # As GLUE reports them (Wang et al., ICLR 2019, table 1); the first chooses the best epoch.
@@ -55,10 +55,9 @@ def load_glue(config: Config) -> Task:
     else:
         train_loss = eval_loss = squared_error
         predict = lambda outputs: outputs[:, 0].astype(jnp.float32)  # noqa: E731
-    shape = jax.ShapeDtypeStruct((1, data.max_length), jnp.int32)
     return Task(
         num_outputs=num_classes or 1,
-        inputs=(shape, shape, shape),
+        inputs=input_shapes(data),
         train=dataset.train,
         evaluation=dataset.evaluation,
         train_inputs=lambda key, examples: (_inputs(examples), examples["label"]),

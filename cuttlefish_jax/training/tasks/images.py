@@ -11,6 +11,7 @@ from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import load_dataset, make_preprocess
 from cuttlefish_jax.training.data.images.mixing import mix, random_erasing
 from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.network import input_shapes
 from cuttlefish_jax.training.tasks.task import AXIS, Examples, Inputs, Task
 
 
@@ -41,7 +42,7 @@ def load_images(config: Config) -> Task:
 
     return Task(
         num_outputs=dataset.num_classes,
-        inputs=(jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32),),
+        inputs=input_shapes(data),
         train=dataset.train,
         evaluation={"validation": dataset.validation, "test": dataset.test},
         train_inputs=train_inputs,
