@@ -19,6 +19,24 @@ class DataError(UserError):
     """Examples that are damaged, or that have impossible labels."""
 
 
+def check_labels(labels: np.ndarray, largest: float, name_of: Callable[[int], str]) -> None:
+    """Refuses labels that are none: a compiled loss would take them without a word.
+
+    Args:
+      labels: of some examples.
+      largest: they are from 0 to this.
+      name_of: says what the example at a place of ``labels`` is to the user.
+
+    Raises:
+      DataError: names the first bad one.
+    """
+    for place in np.flatnonzero(~((labels >= 0) & (labels <= largest)))[:1]:
+        raise DataError(
+            f"{name_of(int(place))} has label {labels[place]}, expected 0 to {largest:g}: "
+            "prepare the data set again"
+        )
+
+
 class DamageLog:
     """Keeps count of the damaged examples of a source, from what its ``read`` reports.
 

@@ -89,7 +89,7 @@ class TrainInput:
           repeats: copies of an example in an epoch that has it.
           process_index: of this host; default ``jax.process_index()``.
           process_count: number of hosts, each with as many devices; default ``jax.process_count()``.
-          devices: of this host; default ``jax.local_devices()``.
+          devices: of this host; default ``jax.local_devices()``, in a mesh with those of the other hosts.
 
         Raises:
           ValueError: if the devices cannot share a batch evenly, or there is not one whole batch.
@@ -103,7 +103,7 @@ class TrainInput:
         self._stream = Stream(make, sharding, workers=workers if read_from else 0, take=damage_taker(source))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """This host's part of the batches of one epoch, from ``start_step`` on.
+        """The batches of one epoch, from ``start_step`` on: global arrays, of which each host has its part.
 
         Args:
           epoch: from 0.
@@ -162,7 +162,7 @@ class EvalInput:
         self._passes = 0
 
     def batches(self) -> Iterator[Batch]:
-        """This host's part of one pass over the examples.
+        """One pass over the examples: global arrays, of which each host has its part.
 
         Yields:
           As :meth:`TrainInput.epoch`, with ``"weight"`` ``f32[devices, per_device]``: 1, or 0 for filling.

@@ -100,17 +100,3 @@ def in_memory(source: Source) -> ArraySource:
     starts = range(0, len(source), READ_AT_ONCE)
     parts = [source.read(np.arange(i, min(i + READ_AT_ONCE, len(source)))) for i in starts]
     return ArraySource({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-
-
-def check_labels(labels: np.ndarray, num_classes: int, *, where: str) -> None:
-    """Refuses labels that are no class; a compiled loss would take them without a word.
-
-    Raises:
-      ValueError: names the first bad one.
-    """
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(bad):
-        raise ValueError(
-            f"{where}: example {bad[0]} has label {labels[bad[0]]}, expected 0 to {num_classes - 1} "
-            f"({len(bad)} of {len(labels)} are out of range)"
-        )

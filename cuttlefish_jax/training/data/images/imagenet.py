@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cuttlefish_jax.training.data.damage import DAMAGED, DataError
+from cuttlefish_jax.training.data.damage import DAMAGED, DataError, check_labels
 from cuttlefish_jax.training.data.images.augment import EvalTransform, RandAugment, TrainTransform
 from cuttlefish_jax.training.data.images.dataset import Dataset
 from cuttlefish_jax.training.data.images.decode import DecodingError, open_image
@@ -107,13 +107,9 @@ class EncodedImageSource:
         )
 
     def _label(self, index: int, record: Any) -> int:
-        label = int(record["label"])
-        if not 0 <= label < self.num_classes:
-            raise DataError(
-                f"{self._name(index, record)} has label {label}, expected 0 to {self.num_classes - 1}: "
-                "prepare the data set again"
-            )
-        return label
+        label = np.asarray([record["label"]], np.int32)
+        check_labels(label, self.num_classes - 1, lambda _: self._name(index, record))
+        return int(label[0])
 
     def _name(self, index: int, record: Any) -> str:
         file_name = record.get("file_name", b"")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cuttlefish_jax.training.data.damage import DataError
+from cuttlefish_jax.training.data.damage import DataError, check_labels
 from cuttlefish_jax.training.data.images.dataset import Dataset
 from cuttlefish_jax.training.data.prepared import open_records, split_examples
 from cuttlefish_jax.training.data.sources import Arrays, ArraySource, Seed, read_records
@@ -135,11 +135,7 @@ class RecordSource:
         rows = self._rows(numbers)
         images = np.stack([row["image"] for row in rows])
         labels = np.asarray([row["label"] for row in rows], np.int32)
-        for i in np.flatnonzero((labels < 0) | (labels >= self.num_classes)):
-            raise DataError(
-                f"{self.where}: record {numbers[i]} has label {labels[i]}, expected 0 to "
-                f"{self.num_classes - 1}: prepare the data set again"
-            )
+        check_labels(labels, self.num_classes - 1, lambda i: f"{self.where}: record {numbers[i]}")
         return {
             "image": fit_images(images, image_size=self.image_size, channels=self.channels),
             "label": labels,

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from cuttlefish_jax.training.data.damage import check_labels
 from cuttlefish_jax.training.data.prepared import open_records, split_examples
-from cuttlefish_jax.training.data.sources import READ_AT_ONCE, check_labels, read_records
+from cuttlefish_jax.training.data.sources import READ_AT_ONCE, read_records
 from cuttlefish_jax.training.data.texts.tokens import (
     Text,
     TokenSource,
@@ -141,23 +142,7 @@ def _read(
             parts = tuple(row[column].decode("utf-8", "replace") for column in task.columns)
             texts.append(parts if len(parts) == 2 else parts[0])
             labels.append(row["label"])
-    if task.num_classes:
-        classes = np.asarray(labels, np.int32)
-        check_labels(_by_number(classes, indices), task.num_classes, where=where)
-        return texts, classes
-    scores = np.asarray(labels, np.float32)
-    by_number = _by_number(scores, indices)
-    wrong = np.flatnonzero(~((by_number >= 0) & (by_number <= MAX_SCORE)))
-    if len(wrong):
-        raise ValueError(
-            f"{where}: example {wrong[0]} has label {by_number[wrong[0]]}, expected 0 to {MAX_SCORE:g} "
-            f"({len(wrong)} of {len(scores)} are out of range)"
-        )
-    return texts, scores
-
-
-def _by_number(labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Labels at the places of their records, so that a message gives the number on disk; 0 between them."""
-    placed = np.zeros(indices.max(initial=-1) + 1, labels.dtype)
-    placed[indices] = labels
-    return placed
+    array = np.asarray(labels, np.int32 if task.num_classes else np.float32)
+    largest = task.num_classes - 1 if task.num_classes else MAX_SCORE
+    check_labels(array, largest, lambda i: f"{where}: record {indices[i]}")
+    return texts, array

@@ -8,6 +8,7 @@ from glue_tools import COLUMNS, SPECIAL, WORDS, make_rows, splits_of, write_task
 
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import GLUE, DatasetNotPreparedError, load_glue_dataset
+from cuttlefish_jax.training.data.damage import DataError
 
 NUMBER = 24
 
@@ -116,12 +117,12 @@ def test_strange_texts_break_nothing(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("task", "label", "message"),
     [
-        ("cola", 2, "glue/cola, split train: example 7 has label 2, expected 0 to 1"),
-        ("cola", -1, "glue/cola, split train: example 7 has label -1, expected 0 to 1"),
-        ("mnli", 3, "glue/mnli, split train: example 7 has label 3, expected 0 to 2"),
-        ("stsb", -1.0, r"glue/stsb, split train: example 7 has label -1\.0, expected 0 to 5"),
-        ("stsb", 5.5, r"glue/stsb, split train: example 7 has label 5\.5, expected 0 to 5"),
-        ("stsb", float("nan"), "glue/stsb, split train: example 7 has label nan, expected 0 to 5"),
+        ("cola", 2, "glue/cola, split train: record 7 has label 2, expected 0 to 1"),
+        ("cola", -1, "glue/cola, split train: record 7 has label -1, expected 0 to 1"),
+        ("mnli", 3, "glue/mnli, split train: record 7 has label 3, expected 0 to 2"),
+        ("stsb", -1.0, r"glue/stsb, split train: record 7 has label -1\.0, expected 0 to 5"),
+        ("stsb", 5.5, r"glue/stsb, split train: record 7 has label 5\.5, expected 0 to 5"),
+        ("stsb", float("nan"), "glue/stsb, split train: record 7 has label nan, expected 0 to 5"),
     ],
 )
 def test_a_label_out_of_range_is_named(task, label, message, tmp_path, tokenizer):
@@ -129,7 +130,7 @@ def test_a_label_out_of_range_is_named(task, label, message, tmp_path, tokenizer
     rows[7]["label"] = label
     others = {split: make_rows(task, NUMBER, 1) for split in splits_of(task)[1:]}
     write_task(tmp_path, task, {"train": rows, **others})
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         load_glue_dataset(data_config(task, tmp_path, validation_examples=1), tokenizer=tokenizer)
     assert "\n" not in str(error.value)
 
