@@ -7,6 +7,7 @@ The same command goes on with a run that was interrupted. Exit status: 0 when th
 settings, data or files that need mending (one line says what), 1 for a fault of the program.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         sys.exit(_refuse(" ".join(str(error).split())))
     except (AttributeError, KeyError, TypeError, OSError) as error:  # what ml_collections raises for a typo
-        sys.exit(_refuse(f"the configuration has no such setting or file: {' '.join(str(error).split())}"))
+        hint = re.search(r"Did you mean .*\?", str(error))  # the rest is a key, quoted several times over
+        message = hint[0] if hint else " ".join(str(error).split())
+        sys.exit(_refuse(f"the configuration has no such setting or file: {message}"))
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # orbax tells of every step it takes
     return args
