@@ -40,7 +40,8 @@ def run(options: argparse.Namespace, method: str, seed: int, target: dict[str, A
     """The summary of one run; ``target`` is that of the network whose size it shall have."""
     workdir = Path(options.out).absolute() / f"{method}-{seed}"
     name = "full_rank" if method in NARROW else method
-    settings = [f"--config={options.config}", f"--config.method={name}", f"--config.seed={seed}"]
+    settings = [f"--config={options.config}", *options.settings]
+    settings += [f"--config.method={name}", f"--config.seed={seed}"]
     if target is not None and not (workdir / "summary.json").exists():
         settings += matched(options, method, target)
     elif target is not None:  # a finished run is asked for with the settings that it had
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace, method: str, seed: int, target: dict[str, A
             else [f"--config.{method}.rank_ratio={config[method]['rank_ratio']}"]
         )
     subprocess.run(
-        [sys.executable, "train.py", *settings, f"--workdir={workdir}", *options.settings],
+        [sys.executable, "train.py", *settings, f"--workdir={workdir}"],
         cwd=ROOT,
         check=True,
         stdout=sys.stderr,
