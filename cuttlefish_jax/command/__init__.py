@@ -1,0 +1,1 @@
+"""The command ``cuttlefish``, for people who have a checkpoint: see ``cuttlefish --help``."""
