@@ -113,9 +113,10 @@ except ValueError as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    save, load = out.splitlines()
-    assert "cuttlefish-jax[serving]" in save
-    assert "pip install safetensors" in load
+    assert out.splitlines() == [
+        "saving needs safetensors: pip install 'cuttlefish-jax[serving]'",
+        "reading needs safetensors: pip install 'cuttlefish-jax[serving]'",
+    ]
 
 
 def test_the_dtype_of_the_file_is_bfloat16s_own(file):

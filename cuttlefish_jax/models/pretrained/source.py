@@ -61,7 +61,7 @@ def open_checkpoint(source: str | Path) -> Iterator[Checkpoint]:
     try:
         import safetensors
     except ImportError as error:
-        raise ValueError("reading pre-trained weights needs safetensors: pip install safetensors") from error
+        raise ValueError("reading needs safetensors: pip install 'cuttlefish-jax[serving]'") from error
     with contextlib.ExitStack() as stack:
         tensors: dict[str, tuple[Path, Any]] = {}
         metadata: dict[str, str] = {}
