@@ -22,6 +22,7 @@ import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, kernel_matrix
 from cuttlefish_jax.matrices import map_matrices
+from cuttlefish_jax.params import unwrap
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -36,7 +37,7 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def stable_ranks(
-    params: Params, kernels: Mapping[str, Kernel], *, method: Literal["exact", "lanczos"] = "exact"
+    params: Any, kernels: Mapping[str, Kernel], *, method: Literal["exact", "lanczos"] = "exact"
 ) -> dict[str, Float[Array, "*stack"]]:
     r"""Stable rank of every kernel's matrix.
 
@@ -52,7 +53,8 @@ def stable_ranks(
     measures both).
 
     Args:
-      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      params: the model's params tree, or an NNX model or its state; the kernels may have any real dtype and
+        any sharding.
       kernels: ``path -> Kernel``, as :func:`~cuttlefish_jax.find_kernels` returns it. It is static: a second
         call with equal kernels and params of the same shapes does not recompile.
       method: ``"exact"`` or ``"lanczos"``.
@@ -79,11 +81,11 @@ def stable_ranks(
     """
     if method not in _STABLE_RANK:
         raise ValueError(f"method must be one of {sorted(_STABLE_RANK)}, got {method!r}")
-    return _by_path(kernels, _stable_ranks(params, tuple(kernels.values()), method))
+    return _by_path(kernels, _stable_ranks(unwrap(params)[0], tuple(kernels.values()), method))
 
 
 def singular_values(
-    params: Params, kernels: Mapping[str, Kernel]
+    params: Any, kernels: Mapping[str, Kernel]
 ) -> dict[str, Float[Array, "*stack min_mn"]]:
     r"""All singular values of every kernel's matrix, largest first.
 
@@ -92,7 +94,8 @@ def singular_values(
     noise of that size (they come out as anything from 0 to it). The leading ones are good to about 1e-6.
 
     Args:
-      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      params: the model's params tree, or an NNX model or its state; the kernels may have any real dtype and
+        any sharding.
       kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
 
     Returns:
@@ -111,11 +114,11 @@ def singular_values(
       >>> singular_values(params, {"dense": kernel})["dense"].tolist()
       [4.0, 2.0]
     """
-    return _by_path(kernels, _singular_values(params, tuple(kernels.values())))
+    return _by_path(kernels, _singular_values(unwrap(params)[0], tuple(kernels.values())))
 
 
 def accumulative_ranks(
-    params: Params, kernels: Mapping[str, Kernel], *, p: float = 0.8
+    params: Any, kernels: Mapping[str, Kernel], *, p: float = 0.8
 ) -> dict[str, Int[Array, "*stack"]]:
     r"""Accumulative rank of every kernel's matrix: the leading singular values that hold the share ``p``.
 
@@ -125,7 +128,8 @@ def accumulative_ranks(
     too (see :func:`singular_values`): this is a measure for the bulk of a spectrum, not a numerical rank.
 
     Args:
-      params: the model's params tree; the kernels may have any real dtype and any sharding.
+      params: the model's params tree, or an NNX model or its state; the kernels may have any real dtype and
+        any sharding.
       kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
       p: the share of the sum of singular values to hold, ``0 < p <= 1``.
 
@@ -151,7 +155,7 @@ def accumulative_ranks(
     """
     if not 0 < p <= 1:
         raise ValueError(f"p must be in (0, 1], got {p}")
-    return _by_path(kernels, _accumulative_ranks(params, tuple(kernels.values()), float(p)))
+    return _by_path(kernels, _accumulative_ranks(unwrap(params)[0], tuple(kernels.values()), float(p)))
 
 
 def _by_path(kernels: Mapping[str, Kernel], values: tuple[Array, ...]) -> dict[str, Array]:
