@@ -13,9 +13,12 @@ HEURISTICS = (
     "Without the network, kernels are read off the checkpoint: an array called kernel with 2 axes is a "
     "Dense, one with 3 to 5 a Conv whose last axes are in and out. A bias of several axes tells those of the "
     "output, or that layers are stacked; query, key, value and out beside each other are attention. First "
-    "and last layer are those of the sorted names; the network may call others first and last"
+    "and last layer are guessed: what is called stem, patch_embed or conv_init, or an embedding; what is "
+    "called head, classifier or logits; else the first and the last of the sorted names"
 )
 _ATTENTION = {"query", "key", "value"}
+_FIRST = re.compile(r"(stem|patch|conv_init|embed).*")
+_LAST = re.compile(r"((lm|cls|output)_)?(head|classifier|logits)(_?\d+)?")
 
 
 def kernels_of_tree(params: Mapping[str, Any]) -> Kernels:
@@ -28,8 +31,8 @@ def kernels_of_tree(params: Mapping[str, Any]) -> Kernels:
       params: nested dicts of arrays.
 
     Returns:
-      Kernels in the order of their names, numbers in names by their value; every other array of two or more
-      axes is in ``.skipped`` with the reason.
+      Kernels in the order of their names, numbers in names by their value, but for those that seem to be the
+      first and the last; every other array of two or more axes is in ``.skipped`` with the reason.
 
     Example:
       >>> import numpy as np
@@ -58,9 +61,10 @@ def kernels_of_tree(params: Mapping[str, Any]) -> Kernels:
         else:
             entries.append(kernel)
     return Kernels(
-        entries=tuple(entries),
+        entries=tuple(sorted(entries, key=_position)),
         skipped_entries=tuple(skipped),
         num_params=sum(math.prod(leaf.shape) for _, _, leaf, _ in leaves),
+        embedding_first=any(name == "embedding" for _, name, _, _ in leaves),
     )
 
 
@@ -78,6 +82,13 @@ def _leaves(
 def _by_number(name: str) -> list[Any]:
     """Sorts layer2 before layer10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _position(kernel: Kernel) -> int:
+    """Sorts the layers that seem to be the first before the others, and the last behind them."""
+    keys = kernel.path.split("/")
+    ends = (keys[0], keys[-1])
+    return -any(_FIRST.fullmatch(key) for key in ends) or int(any(_LAST.fullmatch(key) for key in ends))
 
 
 def _siblings(params: Any, path: tuple[str, ...]) -> set[str]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.tree_kernels import kernels_of_tree
@@ -67,6 +68,15 @@ def test_kernels_are_those_of_the_model(model, x):
 def test_names_are_sorted_by_their_numbers():
     tree = {f"layer{i}": {"kernel": np.ones((2, 3))} for i in (10, 2, 1)}
     assert list(kernels_of_tree(tree)) == ["layer1", "layer2", "layer10"]
+
+
+def test_first_and_last_are_guessed_by_their_names():
+    names = ("classifier", "block1/head_norm", "stem_conv", "block2/attention/qkv")
+    tree = traverse_util.unflatten_dict({f"{name}/kernel": np.ones((2, 3)) for name in names}, sep="/")
+    found = kernels_of_tree(tree)
+    assert list(found) == ["stem_conv", "block1/head_norm", "block2/attention/qkv", "classifier"]
+    assert not found.embedding_first
+    assert kernels_of_tree(tree | {"tokens": {"embedding": np.ones((5, 4))}}).embedding_first
 
 
 @pytest.mark.parametrize(
