@@ -32,7 +32,8 @@ def read_tree(directory: Path) -> Any:
     item = _find_item(directory)
     try:
         with storage_errors(item, action="read"), ocp.StandardCheckpointer() as checkpointer:
-            metadata: Any = checkpointer.metadata(item).item_metadata
+            # orbax finds nothing behind a relative path, and says so of the restore alone.
+            metadata: Any = checkpointer.metadata(item.absolute()).item_metadata
             # Host arrays without memory: orbax then reads to the host, whatever devices there were.
             abstract = jax.tree.map(
                 lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), metadata.tree

@@ -53,9 +53,10 @@ def save_composite(folder, tree):
 
 
 @pytest.mark.parametrize("save", [save_standard, save_manager, save_composite])
-def test_orbax_checkpoints_of_others(tmp_path, save):
+def test_orbax_checkpoints_of_others(tmp_path, save, monkeypatch):
     save(tmp_path / "saved", {"params": PARAMS, "batch_stats": STATS})
-    checkpoint = read_checkpoint(str(tmp_path / "saved"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = read_checkpoint("saved")
     chex.assert_trees_all_equal(
         checkpoint.variables, jax.device_get({"params": PARAMS, "batch_stats": STATS})
     )
