@@ -1,13 +1,13 @@
 """Automatic low-rank training for JAX and Flax (Cuttlefish, Wang et al., MLSys 2023)."""
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
-from cuttlefish_jax import linen_layers as _linen_layers  # noqa: F401 (the same, for profiling)
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
 from cuttlefish_jax.flops import count_flops
 from cuttlefish_jax.kernel_profile import KernelProfile
-from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels
+from cuttlefish_jax.kernels import Kernel, KernelAxes, Kernels, find_kernels
+from cuttlefish_jax.layer_types import LayerType, register_layer
 from cuttlefish_jax.measured import Measured
 from cuttlefish_jax.plan import FactorizationPlan, Rule, make_plan
 from cuttlefish_jax.profiling import profile_kernels
@@ -34,9 +34,11 @@ __all__ = [
     "EnergyRank",
     "FactorizationPlan",
     "Kernel",
+    "KernelAxes",
     "KernelProfile",
     "Kernels",
     "LargestOf",
+    "LayerType",
     "Measured",
     "Never",
     "RankRatio",
@@ -59,6 +61,7 @@ __all__ = [
     "make_plan",
     "merge_params",
     "profile_kernels",
+    "register_layer",
     "singular_values",
     "stable_ranks",
     "switch",

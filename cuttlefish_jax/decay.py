@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.factorize import factor_matrices
-from cuttlefish_jax.kernels import subtree
+from cuttlefish_jax.kernels import reboxed, subtree, unboxed
 from cuttlefish_jax.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
         for path, factors in factor_matrices(params, plan).items():
             kernels = plan.kernels[path].factors(plan.ranks[path])
             for kernel, gradient in zip(kernels, _gradients(*factors), strict=True):
-                old = subtree(updates, kernel.path)[kernel.param]
+                box = subtree(updates, kernel.path)[kernel.param]
+                old = unboxed(box)
                 new = old + coefficient * kernel.from_matrix(gradient).astype(old.dtype)
-                updates = _with_kernel(updates, [*kernel.path.split("/"), kernel.param], new)
+                updates = _with_kernel(updates, [*kernel.path.split("/"), kernel.param], reboxed(box, new))
         return updates
 
     return optax.stateless(update)

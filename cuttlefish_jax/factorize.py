@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_matrix, subtree
+from cuttlefish_jax.kernels import Kernel, check_kernel, is_box, kernel_matrix, reboxed, subtree, unboxed
 from cuttlefish_jax.matrices import map_matrices
 from cuttlefish_jax.plan import FactorizationPlan
 
@@ -60,6 +60,7 @@ def factorize(model: Any, plan: FactorizationPlan) -> Any:
     raise TypeError(f"factorize needs a Flax module, got {type(model).__name__}")
 
 
+@functools.singledispatch
 def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Replaces each of the plan's kernels by the best pair of factors of its rank.
 
@@ -88,7 +89,7 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     for path in plan.ranks:
         check_kernel(params, plan.kernels[path])
     factors = _balanced_factors(
-        {path: subtree(params, path)[plan.kernels[path].param] for path in plan.ranks}, plan
+        {path: unboxed(subtree(params, path)[plan.kernels[path].param]) for path in plan.ranks}, plan
     )
     low = split_layers(params, plan, lambda path, _: factors[path])
     if plan.extra_batch_norm:
@@ -96,6 +97,7 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     return low
 
 
+@functools.singledispatch
 def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """The original tree, each kernel the product of its factors: the unmodified model serves it.
 
@@ -116,10 +118,12 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     for path, (u, v) in factor_matrices(params, plan).items():
         kernel = plan.kernels[path]
         matrix = _matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
-        rest = {
-            key: value for key, value in subtree(params, f"{path}/v".lstrip("/")).items() if key != "kernel"
-        }
-        merged = _replaced(merged, path, {kernel.param: kernel.from_matrix(matrix), **rest})
+        layer = subtree(params, path)
+        u_box, v_box = layer["u"][kernel.param], layer["v"]["kernel"]
+        names = kernel.names_of(u_box.names, v_box.names) if is_box(u_box) else None
+        rest = {key: value for key, value in layer["v"].items() if key != "kernel"}
+        whole = reboxed(u_box, kernel.from_matrix(matrix), names)
+        merged = _replaced(merged, path, {kernel.param: whole, **rest})
     return merged
 
 
@@ -155,8 +159,12 @@ def split_layers(
     low = _copy(tree)
     for path in plan.ranks:
         layer = dict(subtree(tree, path))
-        param = plan.kernels[path].param
-        u, v = split(path, layer.pop(param))
+        kernel = plan.kernels[path]
+        box = layer.pop(param := kernel.param)
+        u, v = split(path, unboxed(box))
+        if is_box(box):
+            u_names, v_names = kernel.factor_names(box.names)
+            u, v = reboxed(box, u, u_names), reboxed(box, v, v_names)
         low = _replaced(low, path, {"u": {param: u}, "v": {"kernel": v, **layer}})
     return low
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -21,6 +21,25 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     Params = Mapping[str, Any]
+
+# In the place of an axis: the rank, and the window of one position of a convolution's second factor.
+RANK, WINDOW = -1, -2
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelAxes:
+    """What the axes of one layer's kernel are, in a single copy of it.
+
+    Attributes:
+      reduction: the axes contracted with the input.
+      output: the axes of the output features.
+      batch: axes over independent matrices, each of which has its own part of the input.
+    """
+
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+    batch: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +52,16 @@ class Kernel:
       shape: shape of the parameter, stack axes included.
       reduction_axes: axes contracted with the input; together they are the matrix's ``m`` rows.
       output_axes: axes of the output features; together they are the matrix's ``n`` columns.
-      stack_axes: axes over independent copies of the layer (``nn.scan``, ``nn.vmap``); usually empty.
-      stack_indices: where those transformations inserted them, one after the other, the innermost first; the
-        factors' own stack axes are inserted at the same indices. By default the ``stack_axes``.
+      stack_axes: axes over independent copies of the layer (``nn.scan``, ``nn.vmap``), or over independent
+        matrices inside it (batch axes); usually empty.
+      stack_indices: where those transformations inserted them, one after the other, the innermost first
+        (before all, the layer's own batch axes, where they are); the factors' own stack axes are inserted at
+        the same indices. By default the ``stack_axes``.
       positions: how often one copy's matrix is applied for one example in one forward pass (spatial
         positions or tokens, summed over all calls of a shared layer).
       param: the name of the parameter in its layer: ``"kernel"``, or what else the layer's type calls it.
+      lookups: how often a row of one copy's matrix is looked up for one example, in an embedding: the whole
+        matrix does that without a product, its factors with one of the row's factor.
     """
 
     path: str
@@ -50,6 +73,7 @@ class Kernel:
     stack_indices: tuple[int, ...] | None = None
     positions: int = 1
     param: str = "kernel"
+    lookups: int = 0
 
     @property
     def m(self) -> int:
@@ -75,7 +99,7 @@ class Kernel:
     def is_pointwise(self) -> bool:
         """Whether this is a convolution with a window of one position."""
         window = self.reduction_axes[:-1]
-        return self.layer == "Conv" and all(self.shape[a] == 1 for a in window)
+        return self.layer in _CONVOLUTIONS and all(self.shape[a] == 1 for a in window)
 
     def num_params(self, rank: int | None = None) -> int:
         """Parameters of the kernel, or of its two factors at ``rank``."""
@@ -84,7 +108,8 @@ class Kernel:
 
     def flops(self, rank: int | None = None) -> int:
         """Forward FLOPs per example (two for each multiply-accumulate), whole or at ``rank``."""
-        return 2 * self.positions * self.num_params(rank)
+        looked_up = 0 if rank is None else self.lookups * rank * self.n * math.prod(self.stack_shape)
+        return 2 * (self.positions * self.num_params(rank) + looked_up)
 
     def to_matrix(self, kernel: Array) -> Float[Array, "*stack m n"]:
         """The parameter as one matrix per copy, ``[*stack, m, n]``, in its own dtype."""
@@ -99,38 +124,92 @@ class Kernel:
 
     def factors(self, rank: int) -> tuple[Kernel, Kernel]:
         """The kernels of the layer's two factors, ``path/u`` and ``path/v``, at ``rank``."""
-        reduction = tuple(self.shape[a] for a in self.reduction_axes)
-        output = tuple(self.shape[a] for a in self.output_axes)
+        u, v = self.factor_axes()
+        sizes = {RANK: rank, WINDOW: 1, **dict(enumerate(self.shape))}
+        shared: dict[str, Any] = dict(layer=self.layer, stack_indices=self.stack_indices)
+        return (
+            Kernel(
+                path=f"{self.path}/u".lstrip("/"),
+                shape=tuple(sizes[a] for a in u),
+                reduction_axes=tuple(u.index(a) for a in self.reduction_axes),
+                output_axes=(u.index(RANK),),
+                stack_axes=tuple(u.index(a) for a in self.stack_axes),
+                positions=self.positions,
+                param=self.param,
+                lookups=self.lookups,
+                **shared,
+            ),
+            Kernel(
+                path=f"{self.path}/v".lstrip("/"),
+                shape=tuple(sizes[a] for a in v),
+                reduction_axes=tuple(i for i, a in enumerate(v) if a < 0),
+                output_axes=tuple(v.index(a) for a in self.output_axes),
+                stack_axes=tuple(v.index(a) for a in self.stack_axes),
+                positions=self.positions + self.lookups,
+                **shared,
+            ),
+        )
+
+    def factor_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of the two factors' parameters: this kernel's, ``RANK`` and ``WINDOW``."""
+        indices = self.stack_axes if self.stack_indices is None else self.stack_indices
+        stack = insert_axes(len(self.shape) - len(indices), indices)[1]
         # A convolution's second factor is a convolution too, over windows of one position.
-        window = (1,) * (len(reduction) - 1) if self.layer == "Conv" else ()
-        return self._factor("u", reduction, (rank,)), self._factor("v", (*window, rank), output)
+        window = len(self.reduction_axes) - 1 if self.layer in _CONVOLUTIONS else 0
+        return factor_layouts(self.reduction_axes, self.output_axes, stack, indices, window=window)
+
+    def factor_names(self, names: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The names of the factors' axes (for sharding), by those of this kernel's; ``None`` for the rank."""
+        u, v = (tuple(None if a < 0 else names[a] for a in axes) for axes in self.factor_axes())
+        return u, v
+
+    def names_of(self, u_names: Sequence[Any], v_names: Sequence[Any]) -> tuple[Any, ...]:
+        """Inverse of :meth:`factor_names`."""
+        u, v = self.factor_axes()
+        named = dict(zip(v, v_names, strict=True)) | dict(zip(u, u_names, strict=True))
+        return tuple(named[a] for a in range(len(self.shape)))
 
     def stacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one copy's parameter with the layer's stack axes inserted."""
-        axes, stack = self._insert_stack(len(shape))
-        sizes = dict(zip(axes, shape, strict=True)) | dict(zip(stack, self.stack_shape, strict=True))
-        return tuple(sizes[a] for a in range(len(sizes)))
-
-    def _factor(self, name: str, reduction: tuple[int, ...], output: tuple[int, ...]) -> Kernel:
-        axes, stack = self._insert_stack(len(reduction) + len(output))
-        return Kernel(
-            path=f"{self.path}/{name}".lstrip("/"),
-            layer=self.layer,
-            shape=self.stacked_shape(reduction + output),
-            reduction_axes=axes[: len(reduction)],
-            output_axes=axes[len(reduction) :],
-            stack_axes=stack,
-            stack_indices=self.stack_indices,
-            positions=self.positions,
-            param=self.param if name == "u" else "kernel",
-        )
-
-    def _insert_stack(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         indices = self.stack_axes if self.stack_indices is None else self.stack_indices
         own = insert_axes(len(self.shape) - len(indices), indices)[1]
-        axes, stack = insert_axes(ndim, indices)
-        # In the order of this kernel's stack axes, which are those of its matrices.
-        return axes, tuple(stack[own.index(a)] for a in self.stack_axes)
+        axes, stack = insert_axes(len(shape), indices)
+        sizes = dict(zip(axes, shape, strict=True))
+        sizes |= {at: self.shape[a] for at, a in zip(stack, own, strict=True)}
+        return tuple(sizes[a] for a in range(len(sizes)))
+
+
+def factor_layouts(
+    reduction: Sequence[int],
+    output: Sequence[int],
+    stack: Sequence[int] = (),
+    indices: Sequence[int] = (),
+    *,
+    window: int = 0,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How the axes of a kernel are laid out in its two factors.
+
+    The first has the kernel's own axes in their order, ``RANK`` in the place of the first output axis; the
+    second ``window`` times ``WINDOW``, ``RANK``, and the output axes.
+
+    Args:
+      reduction: the kernel's reduction axes.
+      output: its output axes.
+      stack: its stack axes in the order in which they were inserted.
+      indices: where that was; it is where they are inserted in the factors.
+      window: axes of a convolution's window.
+
+    Example:
+      >>> factor_layouts((0, 1, 2), (3,), window=2)
+      ((0, 1, 2, -1), (-2, -2, -1, 3))
+    """
+    first = min(output)
+    u = [RANK if a == first else a for a in sorted([*reduction, first])]
+    v = [WINDOW] * window + [RANK, *sorted(output)]
+    for axis, index in zip(stack, indices, strict=True):
+        for layout in (u, v):
+            layout.insert(index if index >= 0 else len(layout) + 1 + index, axis)
+    return tuple(u), tuple(v)
 
 
 def insert_axes(ndim: int, indices: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -207,12 +286,13 @@ def check_kernel(params: Params, kernel: Kernel) -> None:
     if not isinstance(layer, Mapping) or kernel.param not in layer:
         has = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
         raise ValueError(f"params have no {kernel.param} at {kernel.path!r}: the layer has {has}")
-    if not hasattr(layer[kernel.param], "shape"):
+    array = unboxed(layer[kernel.param])
+    if not hasattr(array, "shape"):
         raise ValueError(
-            f"the {kernel.param} at {kernel.path!r} is a {type(layer[kernel.param]).__name__}, not an array: "
+            f"the {kernel.param} at {kernel.path!r} is a {type(array).__name__}, not an array: "
             "take params out of their boxes first, with flax.linen.meta.unbox"
         )
-    shape = tuple(layer[kernel.param].shape)
+    shape = tuple(array.shape)
     if shape != kernel.shape:
         raise ValueError(
             f"the {kernel.param} at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
@@ -227,11 +307,28 @@ def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
       ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
     """
     check_kernel(params, kernel)
-    return kernel.to_matrix(subtree(params, kernel.path)[kernel.param])
+    return kernel.to_matrix(unboxed(subtree(params, kernel.path)[kernel.param]))
+
+
+def unboxed(leaf: Any) -> Any:
+    """The array in a box with the names of its axes (``nn.Partitioned``, say); any other leaf as it is."""
+    return leaf.value if is_box(leaf) else leaf
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether ``leaf`` is a box around an array, with the names of its axes for sharding."""
+    return hasattr(leaf, "value") and hasattr(leaf, "names")
+
+
+def reboxed(box: Any, value: Any, names: Sequence[Any] | None = None) -> Any:
+    """``value`` in a box like ``box``, with other ``names`` if given; as it is if ``box`` is none."""
+    if not is_box(box):
+        return value
+    return dataclasses.replace(box, value=value, names=box.names if names is None else tuple(names))
 
 
 @functools.singledispatch
-def find_kernels(model: Any, *inputs: Any, **kwargs: Any) -> Kernels:
+def find_kernels(model: Any, *inputs: Any, include_embeddings: bool = False, **kwargs: Any) -> Kernels:
     """Finds every kernel of ``model`` that can be factorized, and says why the others cannot.
 
     The model is traced abstractly (``jax.eval_shape``): no FLOPs are spent and no parameters made.
@@ -240,6 +337,8 @@ def find_kernels(model: Any, *inputs: Any, **kwargs: Any) -> Kernels:
       model: a Flax Linen module.
       *inputs: arrays or ``jax.ShapeDtypeStruct`` to call it with; the first axis of the first one is the
         batch (it only enters the counts per example).
+      include_embeddings: find embedding tables, too; they are looked up in their factors, and tied heads
+        (``attend``) multiply by both. Otherwise they are skipped.
       **kwargs: passed on to the model's ``init``, e.g. ``train=False`` or ``method=``.
 
     Returns:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from cuttlefish_jax.factorize import factor_matrices, shape_factors, split_layers
-from cuttlefish_jax.kernels import subtree
+from cuttlefish_jax.kernels import subtree, unboxed
 from cuttlefish_jax.matrices import map_matrices
 from cuttlefish_jax.plan import FactorizationPlan
 
@@ -67,7 +67,7 @@ def _pseudo_inverses(rows):
 
 
 def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
-    leaves = {path: subtree(tree, path)[plan.kernels[path].param] for path in plan.ranks}
+    leaves = {path: unboxed(subtree(tree, path)[plan.kernels[path].param]) for path in plan.ranks}
     present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
     halves = _split_all(present, factors, plan, split)
     return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))

@@ -68,11 +68,13 @@ def _kernel(entry: Any) -> Kernel:
         positions=_READER.get(entry, "positions", int),
         # Documents of version 0.1.0 do not have it.
         param=_READER.get(entry, "param", str) if "param" in entry else "kernel",
+        lookups=_READER.get(entry, "lookups", int) if "lookups" in entry else 0,
     )
     axes = kernel.stack_axes + kernel.reduction_axes + kernel.output_axes
     if sorted(axes) != list(range(len(kernel.shape))) or not kernel.reduction_axes or not kernel.output_axes:
         raise _READER.error(f"the axes of {path!r} are not those of its shape {kernel.shape}")
-    if min(kernel.shape) < 1 or kernel.positions < 1:
+    counts = (kernel.positions, kernel.lookups)
+    if min(kernel.shape) < 1 or min(counts) < 0 or max(counts) < 1:
         raise _READER.error(f"{path!r} has a size or positions below 1")
     indices = kernel.stack_axes if kernel.stack_indices is None else kernel.stack_indices
     own = len(kernel.shape) - len(kernel.stack_axes)

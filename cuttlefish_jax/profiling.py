@@ -47,12 +47,24 @@ class LayerCall:
       layer: the layer by itself: a model of one kernel, at path ``""``.
       input: shape and dtype of what it is called with.
       count: how often one forward pass makes this call (loops, copies and mapped axes multiply it).
+      method: what is called of it.
     """
 
     path: str = dataclasses.field(compare=False)
     layer: Any
     input: jax.ShapeDtypeStruct
     count: int = dataclasses.field(compare=False)
+    method: str = "__call__"
+
+    def find(self) -> Kernels:
+        """The one kernel of the layer by itself."""
+        options = {} if self.method == "__call__" else {"method": self.method}
+        return find_kernels(self.layer, self.input, include_embeddings=True, **options)
+
+    def as_function(self, model: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+        """As :func:`as_function`, of the layer or what is made of it."""
+        options = {} if self.method == "__call__" else {"method": self.method}
+        return as_function(model, self.input, **options)
 
 
 @functools.singledispatch
@@ -62,7 +74,9 @@ def layer_calls(model: Any, kernels: Kernels, inputs: tuple, kwargs: dict[str, A
 
 
 @functools.singledispatch
-def as_function(model: Any, x: jax.ShapeDtypeStruct) -> tuple[Callable[[Any, Any], Any], Any]:
+def as_function(
+    model: Any, x: jax.ShapeDtypeStruct, *, method: str = "__call__"
+) -> tuple[Callable[[Any, Any], Any], Any]:
     """A model of one input as a function ``apply(params, x)``, and the shapes and dtypes of its params."""
     raise TypeError(f"profile_kernels needs a Flax module, got {type(model).__name__}")
 
@@ -75,6 +89,7 @@ def profile_kernels(
     repeats: int = 10,
     device: Any = None,
     progress: Callable[[int, int, str], None] | None = None,
+    include_embeddings: bool = False,
     **kwargs: Any,
 ) -> KernelProfile:
     """Measures, layer by layer, how much faster a model gets by factorization.
@@ -100,6 +115,7 @@ def profile_kernels(
       device: the ``jax.Device`` to measure on; by default this process's first.
       progress: called with the number of a measurement, how many there will be, and what is measured: before
         each, from 1, and with 0 before everything is compiled.
+      include_embeddings: profile embedding tables, too.
       **kwargs: passed on to the model, as by :func:`cuttlefish_jax.find_kernels`.
 
     Returns:
@@ -127,7 +143,7 @@ def profile_kernels(
         raise ValueError(f"ratio {ratio} is not in (0, 1]")
     if repeats < 1:
         raise ValueError(f"repeats {repeats} is below 1")
-    kernels = find_kernels(model, *inputs, **kwargs)
+    kernels = find_kernels(model, *inputs, include_embeddings=include_embeddings, **kwargs)
     if not kernels:
         raise ValueError("the model has no kernel that can be factorized: there is nothing to profile")
     # As a plan says it: a path that is no kernel's is an error that names those near it.
@@ -185,9 +201,9 @@ def _describe(call: LayerCall, kernels: Kernels) -> str:
 
 def _prepare(call: LayerCall, rank: int, device: Any) -> tuple[_Run, _Run]:
     """A layer as it is, and factorized."""
-    plan = FactorizationPlan.from_ranks(find_kernels(call.layer, call.input), {"": rank})
+    plan = FactorizationPlan.from_ranks(call.find(), {"": rank})
     full, factorized = (
-        _Run(*as_function(model, call.input), call.input, device)
+        _Run(*call.as_function(model), call.input, device)
         for model in (call.layer, factorize(call.layer, plan))
     )
     return full, factorized

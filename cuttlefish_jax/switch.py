@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from optax import MaskedNode
 
 from cuttlefish_jax import moments
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
-from cuttlefish_jax.kernels import subtree
+from cuttlefish_jax.kernels import subtree, unboxed
 from cuttlefish_jax.plan import FactorizationPlan
 
 # What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
@@ -26,6 +27,7 @@ _PROJECTIONS = {
 }
 
 
+@functools.singledispatch
 def switch(
     state: Any,
     plan: FactorizationPlan,
@@ -119,7 +121,7 @@ def carry_opt_state(
 
     def can_project(node: Any) -> bool:
         # Not the rows' sums of a factored second moment, or one number for a layer.
-        kernels = [(path, subtree(node, path)[plan.kernels[path].param]) for path in plan.ranks]
+        kernels = [(path, unboxed(subtree(node, path)[plan.kernels[path].param])) for path in plan.ranks]
         return all(
             isinstance(leaf, MaskedNode) or jnp.shape(leaf) == plan.kernels[path].shape
             for path, leaf in kernels

@@ -11,10 +11,47 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from linen_modules import (
+    Ensemble,
+    Experts,
+    JitBlock,
+    OverBatch,
+    Projection,
+    Recurrent,
+    Refused,
+    Repeated,
+    Setup,
+    Stacked,
+    StackedLast,
+    Tied,
+    Tokens,
+    Trained,
+    Weighted,
+    Wrapped,
+)
 
 import cuttlefish_jax as cf
 
-STACK_RNGS = {"params": True, "dropout": True}
+cf.register_layer(
+    Weighted,
+    cf.LayerType(
+        axes=lambda layer: cf.KernelAxes(reduction=(1,), output=(0,)),
+        first=lambda layer, rank: {"features": rank},
+        second=lambda layer, rank: {"features": layer.features, "use_bias": False, "dtype": layer.dtype},
+        second_type=nn.Dense,
+        param="weight",
+        initializer=None,
+    ),
+)
+cf.register_layer(
+    Projection,
+    cf.LayerType(
+        axes=lambda layer: cf.KernelAxes(reduction=(0,), output=(1,)),
+        first=lambda layer, rank: {"features": rank, "scaled": False},
+        second=lambda layer, rank: {"in_features": rank},
+        initializer=None,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +66,7 @@ class Case:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     collections: tuple[str, ...] = ("params",)
+    lookups: dict[str, int] = dataclasses.field(default_factory=dict)  # of embeddings, which are included
 
     def inputs(self) -> tuple[Any, ...]:
         rng = np.random.default_rng(1)
@@ -36,203 +74,16 @@ class Case:
         values = rng.integers(0, 7, self.shape) if integers else rng.standard_normal(self.shape)
         return (jnp.asarray(values, self.input_dtype), *self.args)
 
-
-class Setup(nn.Module):
-    """Layers made in setup, one of them shared."""
-
-    dtype: Any = None
-
-    def setup(self):
-        self.encode_layer = nn.Dense(6, dtype=self.dtype)
-        self.shared = nn.Dense(6, use_bias=False, dtype=self.dtype)
-        self.out = nn.Dense(3, dtype=self.dtype)
-
-    def encode(self, x):
-        return self.shared(nn.tanh(self.encode_layer(x)))
-
-    def __call__(self, x):
-        return self.out(self.shared(nn.tanh(self.encode(x))))
-
-
-class Block(nn.Module):
-    """A residual block of two layers, for the transformations that stack it."""
-
-    width: int = 6
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        y = nn.relu(nn.Dense(8, dtype=self.dtype, name="up")(y))
-        return x + nn.Dense(self.width, dtype=self.dtype, name="down")(y)
-
-
-class Step(nn.Module):
-    """A block with the signature that nn.scan wants."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x, _):
-        return Block(dtype=self.dtype)(x), None
-
-
-class Stacked(nn.Module):
-    """A stem, three scanned blocks, a head."""
-
-    dtype: Any = None
-    axis: int = 0
-    wrap: Callable[[Any], Any] = lambda step: step
-    broadcast: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(6, dtype=self.dtype, name="stem")(x)
-        axes = {} if self.broadcast else {"params": self.axis, "batch_stats": self.axis}
-        scanned = nn.scan(
-            self.wrap(Step),
-            variable_axes=axes,
-            variable_broadcast="params" if self.broadcast else False,
-            split_rngs={"params": not self.broadcast},
-            length=3,
-        )
-        x, _ = scanned(dtype=self.dtype, name="blocks")(x, None)
-        return nn.Dense(2, dtype=self.dtype, name="head")(x)
-
-
-class StackedLast(Stacked):
-    """As Stacked, with the stack axis of the params at the end."""
-
-    axis: int = -1
-
-
-class Ensemble(nn.Module):
-    """Two copies of a network, by vmap; `member` makes a module."""
-
-    dtype: Any = None
-    member: Callable[..., nn.Module] = Block
-    axis: int = 0
-
-    @nn.compact
-    def __call__(self, x):
-        copies = nn.vmap(
-            self.member, variable_axes={"params": self.axis}, split_rngs=STACK_RNGS, in_axes=None, axis_size=2
-        )
-        return copies(dtype=self.dtype, name="members")(x)
-
-
-class OverBatch(nn.Module):
-    """One set of params, mapped over the batch by nn.vmap."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        mapped = nn.vmap(Block, variable_axes={"params": None}, split_rngs={"params": False})
-        return mapped(dtype=self.dtype, name="mapped")(x)
-
-
-class Wrapped(nn.Module):
-    """A block under a transformation that adds no axes, nested three deep."""
-
-    transform: Callable[[Any], Any]
-    dtype: Any = None
-    depth: int = 0
-
-    @nn.compact
-    def __call__(self, x):
-        if self.depth:
-            inner = Wrapped(self.transform, self.dtype, self.depth - 1, name="inner")
-            return inner(x) + nn.Dense(6, dtype=self.dtype, name="side")(x)
-        return self.transform(Block)(dtype=self.dtype, name="block")(x)
-
-
-JitBlock = nn.jit(Block)
-
-
-class Repeated(nn.Module):
-    """Equal blocks, which nn.jit takes for one."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        return JitBlock(dtype=self.dtype, name="second")(JitBlock(dtype=self.dtype, name="first")(x))
-
-
-class Recurrent(nn.Module):
-    """A cell made of ordinary layers, scanned over time."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        carry = jnp.zeros((len(x), 4), self.dtype or x.dtype)
-        return nn.RNN(nn.SimpleCell(4, dtype=self.dtype), name="rnn")(x, initial_carry=carry)
-
-
-class Tokens(nn.Module):
-    """Embedded integer tokens, attention, a classifier; a free positional parameter."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(7, 8, dtype=self.dtype, name="embed")(tokens)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (5, 8)).astype(x.dtype)
-        x = nn.MultiHeadDotProductAttention(num_heads=2, dtype=self.dtype, name="attention")(x, x)
-        return nn.Dense(3, dtype=self.dtype, name="head")(x.mean(axis=-2))
-
-
-class Trained(nn.Module):
-    """A network with batch norm and dropout, and a flag that tells whether it trains."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.Conv(4, (3, 3), dtype=self.dtype, name="conv")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, dtype=self.dtype, name="norm")(x))
-        x = nn.Conv(6, (3, 3), strides=2, use_bias=False, dtype=self.dtype, name="conv_1")(x)
-        x = nn.Dropout(0.5, deterministic=not train)(x.mean(axis=(-3, -2)))
-        return nn.Dense(5, dtype=self.dtype, name="head")(x)
-
-
-class StandardizedConv(nn.Conv):
-    """A convolution that standardises its weights."""
-
-    def param(self, name, init_fn, *args, **kwargs):
-        value = super().param(name, init_fn, *args, **kwargs)
-        if name == "kernel":
-            value = (value - value.mean((0, 1, 2))) / (value.std((0, 1, 2)) + 1e-5)
-        return value
-
-
-class Refused(nn.Module):
-    """One of everything that cannot be factorized, and one layer that can."""
-
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(4, (3,), feature_group_count=2, dtype=self.dtype, name="grouped")(x)
-        x = nn.Conv(4, (3,), feature_group_count=4, dtype=self.dtype, name="depthwise")(x)
-        x = nn.Conv(4, (3,), mask=jnp.ones((3, 4, 4)), dtype=self.dtype, name="masked")(x)
-        x = nn.ConvTranspose(4, (3,), dtype=self.dtype, name="transposed")(x)
-        x = nn.ConvLocal(4, (3,), dtype=self.dtype, name="local")(x)
-        x = nn.Einsum((4, 4), "bsd,de->bse", dtype=self.dtype, name="einsum")(x)
-        x = nn.WeightNorm(nn.Dense(4, dtype=self.dtype, name="normed"))(x)
-        x = nn.SpectralNorm(nn.Dense(4, dtype=self.dtype, name="spectral"), collection_name="sn")(
-            x, update_stats=False
-        )
-        x = nn.RNN(nn.OptimizedLSTMCell(4, dtype=self.dtype), name="lstm")(x)
-        x = nn.DenseGeneral(4, batch_dims=(0,), dtype=self.dtype, name="batched")(x)
-        y = StandardizedConv(4, (3, 3), dtype=self.dtype, name="standardized")(x[..., None])
-        return nn.Dense(3, dtype=self.dtype, name="head")(x) + y.mean()
+    def find(self, model: nn.Module, *inputs: Any) -> cf.Kernels:
+        return cf.find_kernels(model, *inputs, include_embeddings=bool(self.lookups), **self.kwargs)
 
 
 def conv(*args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
     return functools.partial(nn.Conv, *args, **kwargs)
+
+
+def transposed(*args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
+    return functools.partial(nn.ConvTranspose, *args, **kwargs)
 
 
 def wrapped(transform: Callable[[Any], Any], depth: int = 0) -> Callable[..., nn.Module]:
@@ -309,11 +160,59 @@ CASES: dict[str, Case] = {
         {f"members/{path}": 4 for path in STACK},
     ),
     "over_batch": Case(OverBatch, (2, 4, 6), {"mapped/up": 4, "mapped/down": 4}),
+    "lstm": Case(
+        functools.partial(Recurrent, cell=nn.LSTMCell),
+        (2, 5, 3),
+        {f"LSTMCell_0/{layer}": 5 for layer in ("ii", "hi", "if", "hf", "ig", "hg", "io", "ho")},
+    ),
+    "gru": Case(
+        functools.partial(Recurrent, cell=nn.GRUCell),
+        (2, 5, 3),
+        {f"GRUCell_0/{layer}": 5 for layer in ("ir", "hr", "iz", "hz", "in", "hn")},
+    ),
+    "transposed": Case(transposed(5, (3, 2), strides=(2, 1)), IMAGE, {"": 72}),
+    "transposed_kernel": Case(
+        transposed(4, (2, 3), strides=(2, 2), padding="VALID", kernel_dilation=(1, 2), transpose_kernel=True),
+        IMAGE,
+        {"": 180},
+    ),
+    "einsum": Case(functools.partial(nn.Einsum, (8, 2, 4), "bsd,dhk->bhsk"), (2, 5, 8), {"": 5}),
+    "einsum_ellipsis": Case(
+        functools.partial(nn.Einsum, (6, 8), "...d,ed->...e", use_bias=False), (2, 3, 5, 8), {"": 15}
+    ),
+    "experts": Case(Experts, (2, 2, 3, 4, 5), {"general": 1, "einsum": 3}),
+    "experts_vmap_last": Case(
+        functools.partial(Ensemble, member=Experts, axis=-1),
+        (2, 2, 3, 4, 5),
+        {"members/general": 1, "members/einsum": 3},
+    ),
+    "weighted": Case(functools.partial(Weighted, 6), (2, 4, 8), {"": 4}),
+    "projection": Case(
+        functools.partial(Projection, 8, 6), (2, 8), {"": 1}, {"scale": "a parameter of Projection"}
+    ),
+    "tied": Case(
+        Tied,
+        (2, 5),
+        {"table": 5, "block/up": 5, "block/down": 5},
+        input_dtype=jnp.int32,
+        lookups={"table": 5},
+    ),
+    "tokens_embedded": Case(
+        Tokens,
+        (2, 5),
+        {"embed": 0} | {f"attention/{name}": 5 for name in ("query", "key", "value", "out")} | {"head": 1},
+        {"positions": "a parameter of Tokens"},
+        input_dtype=jnp.int32,
+        lookups={"embed": 5},
+    ),
     "tokens": Case(
         Tokens,
         (2, 5),
         {f"attention/{name}": 5 for name in ("query", "key", "value", "out")} | {"head": 1},
-        {"embed": "Embed is not a type", "positions": "a parameter of Tokens"},
+        {
+            "embed": "an embedding: find_kernels(..., include_embeddings=True) finds it",
+            "positions": "a parameter of Tokens",
+        },
         input_dtype=jnp.int32,
     ),
     "trained": Case(
@@ -326,20 +225,24 @@ CASES: dict[str, Case] = {
     "refused": Case(
         Refused,
         (2, 6, 4),
-        {"head": 6},
+        {"head": 4},
         {
             "grouped": "grouped convolution (2 groups)",
             "depthwise": "grouped convolution (4 groups)",
             "masked": "convolution with a mask",
-            "transposed": "ConvTranspose is not a type",
-            "local": "ConvLocal is not a type",
-            "einsum": "Einsum is not a type",
+            "transposed": "convolution with a mask",
+            "local": "ConvLocal has another kernel at every position",
+            "einsum": "its equation 'bsd,ds->bsd' contracts no axis of the kernel",
+            "equation": "its equation is an argument of the call",
             "normed": "computed by WeightNorm",
             "spectral": "computed by SpectralNorm",
-            "batched": "batch_dims",
-            "standardized": "StandardizedConv is not a type",
+            "standardized": "StandardizedConv may do more than Conv: cf.register_layer says what it does",
         }
-        | {f"OptimizedLSTMCell_0/{a}{b}": "DenseParams is not a type" for a in "ih" for b in "ifgo"},
+        | {
+            f"OptimizedLSTMCell_0/{a}{b}": "OptimizedLSTMCell multiplies by the kernels of all gates at once"
+            for a in "ih"
+            for b in "ifgo"
+        },
         collections=("params", "sn"),
     ),
 }
@@ -363,7 +266,7 @@ def prepared(name: str, dtype: Any = None) -> tuple[nn.Module, tuple[Any, ...], 
         key: jax.tree.map(fill if key == "params" else lambda leaf: jnp.ones(leaf.shape, leaf.dtype), tree)
         for key, tree in shapes.items()
     }
-    return model, inputs, variables, cf.find_kernels(model, *inputs, **case.kwargs)
+    return model, inputs, variables, case.find(model, *inputs)
 
 
 def plan_at(kernels: cf.Kernels, ratio: float = 1.0, **options: Any) -> cf.FactorizationPlan:

@@ -113,6 +113,7 @@ def test_nothing_is_computed():
 
 # The products of attention and of refused layers are not those of kernels.
 OTHER_PRODUCTS = {"attention": 2 * 2 * (2 * 5 * 5 * 8), "tokens": 2 * 2 * (2 * 5 * 5 * 8)}
+OTHER_PRODUCTS["tokens_embedded"] = OTHER_PRODUCTS["tokens"]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "refused"])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linen_zoo import CASES, Block, once, plan_at, prepared
+from linen_modules import Block
+from linen_zoo import CASES, once, plan_at, prepared
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.kernels import Kernel, check_kernel, insert_axes, kernel_matrix, subtree
@@ -61,8 +62,9 @@ def test_every_parameter_is_accounted_for(name):
         stacked = (
             0 if name == "scan_shared" else sum(part in ("blocks", "members") for part in key.split("/"))
         )
-        if param == "kernel" and layer in kernels:
+        if layer in kernels and param == kernels[layer].param:
             accounted.add(layer)
+            stacked += {"general": 2, "einsum": 2}.get(layer.rpartition("/")[-1], 0)  # batch axes
             kernel = kernels[layer]
             assert kernel.shape == leaf.shape
             assert len(kernel.stack_shape) == stacked
@@ -98,7 +100,7 @@ class OwnTable(nn.Module):
 
 def test_behind_an_embedding_no_kernel_is_the_first_layer():
     for name in CASES:
-        assert prepared(name)[-1].embedding_first == (name == "tokens")
+        assert prepared(name)[-1].embedding_first == (name in ("tied", "tokens", "tokens_embedded"))
     kernels = prepared("tokens")[-1]
     plan = cf.make_plan(kernels, rank_rule=cf.RankRatio(0.25))
     assert list(plan.ranks) == [f"attention/{name}" for name in ("query", "key", "value", "out")]
@@ -164,15 +166,23 @@ def test_a_model_that_no_memory_holds():
     assert [kernel.flops() for kernel in kernels.values()] == [2 * 10**12] * 2
 
 
-def test_boxed_params_are_found_but_have_to_be_taken_out_of_their_boxes():
+class Box:
+    """Holds a value, but not the names of its axes."""
+
+    value = jnp.ones((3, 4))
+
+
+def test_boxed_params_are_found_and_have_to_know_the_names_of_their_axes():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     model, x = nn.Sequential([nn.Dense(4, kernel_init=init), Block(4)]), jnp.ones((2, 3))
     kernels = cf.find_kernels(model, x)
     assert list(kernels) == ["layers_0", "layers_1/up", "layers_1/down"]
     params = once(model.init, jax.random.key(0), x)["params"]
-    with pytest.raises(ValueError, match="'layers_0' is a Partitioned, not an array: take params out"):
-        check_kernel(params, kernels["layers_0"])
-    check_kernel(nn.meta.unbox(params), kernels["layers_0"])
+    for tree in (params, nn.meta.unbox(params)):
+        check_kernel(tree, kernels["layers_0"])
+        assert kernel_matrix(tree, kernels["layers_0"]).shape == (3, 4)
+    with pytest.raises(ValueError, match="'layers_0' is a Box, not an array: take params out of their boxes"):
+        check_kernel({"layers_0": {"kernel": Box()}}, kernels["layers_0"])
     assert kernels.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -13,6 +13,7 @@ from linen_zoo import CASES, prepared
 
 import cuttlefish_jax as cf
 from cuttlefish_jax import profiling
+from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.models import create_model
 from cuttlefish_jax.profiling import as_function, forward_and_backward, layer_calls
 
@@ -43,7 +44,7 @@ def measured(monkeypatch):
     def measure(prepared, repeats):
         call, rank, device = prepared.asked
         seen.append((call, rank, device, repeats))
-        kernel = cf.find_kernels(call.layer, call.input)[""]
+        kernel = call.find()[""]
         batch = call.input.shape[0]
         return float(batch * kernel.flops()), float(batch * kernel.flops(rank))
 
@@ -63,7 +64,7 @@ def test_the_layers_of_a_model_have_its_flops(name):
     assert [*dict.fromkeys(call.path for call in calls)] == list(kernels)
     flops = collections.Counter()
     for call in calls:
-        apply, params = as_function(call.layer, call.input)
+        apply, params = call.as_function(call.layer)
         flops[call.path] += call.count * cf.count_flops(apply, params, call.input)
     # Counted in another way: from the positions of a kernel, for one example.
     assert flops == {path: len(inputs[0]) * kernel.flops() for path, kernel in kernels.items()}
@@ -73,9 +74,12 @@ def test_the_layers_of_a_model_have_its_flops(name):
 def test_a_layer_by_itself_has_the_kernel_of_one_copy(name):
     model, inputs, _, kernels = prepared(name)
     for call in layer_calls(model, kernels, inputs, CASES[name].kwargs):
-        (alone,) = cf.find_kernels(call.layer, call.input).values()
+        (alone,) = call.find().values()
         kernel = kernels[call.path]
-        assert (alone.path, alone.layer, alone.stack_axes) == ("", kernel.layer, ())
+        assert (alone.path, alone.layer) == ("", kernel.layer)
+        # Of the stack, only the layer's own batch axes are left.
+        batch = LAYER_TYPES[type(call.layer)].axes(call.layer).batch
+        assert alone.stack_axes == batch
         assert (alone.m, alone.n) == (kernel.m, kernel.n)
 
 
@@ -285,11 +289,14 @@ def test_each_distinct_layer_of_a_resnet_is_measured_once(measured):
     profile.check(kernels)
 
 
-# What nn.vmap maps over the batch has inputs without a batch axis, by which the fixture multiplies.
-@pytest.mark.parametrize("name", [name for name in CASES if name != "over_batch"])
+# What nn.vmap maps over the batch has inputs without a batch axis, by which the fixture multiplies; tables that
+# are only looked up have no FLOPs.
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("over_batch", "tokens_embedded")])
 def test_the_time_of_a_kernel_is_that_of_all_its_calls(measured, name):
     model, inputs, _, kernels = prepared(name)
-    profile = cf.profile_kernels(model, *inputs, ratio=0.5, **CASES[name].kwargs)
+    case = CASES[name]
+    options = dict(include_embeddings=bool(case.lookups), **case.kwargs)
+    profile = cf.profile_kernels(model, *inputs, ratio=0.5, **options)
     assert list(profile) == list(kernels)
     for path, kernel in kernels.items():
         rank = max(1, kernel.max_rank // 2)
