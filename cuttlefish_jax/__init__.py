@@ -1,6 +1,7 @@
 """Automatic low-rank training for JAX and Flax (Cuttlefish, Wang et al., MLSys 2023)."""
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
+from cuttlefish_jax import nnx as _nnx  # noqa: F401 (the same for NNX)
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params

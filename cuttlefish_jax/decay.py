@@ -11,6 +11,7 @@ import optax
 
 from cuttlefish_jax.factorize import factor_matrices
 from cuttlefish_jax.kernels import reboxed, subtree, unboxed
+from cuttlefish_jax.params import unwrap
 from cuttlefish_jax.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
     def update(updates: Any, params: Any = None) -> Any:
         if params is None:
             raise ValueError("frobenius_decay needs params: call tx.update(updates, state, params)")
+        params, (updates, rewrap) = unwrap(params)[0], unwrap(updates)
         for path, factors in factor_matrices(params, plan).items():
             kernels = plan.kernels[path].factors(plan.ranks[path])
             for kernel, gradient in zip(kernels, _gradients(*factors), strict=True):
@@ -62,7 +64,7 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
                 old = unboxed(box)
                 new = old + coefficient * kernel.from_matrix(gradient).astype(old.dtype)
                 updates = _with_kernel(updates, [*kernel.path.split("/"), kernel.param], reboxed(box, new))
-        return updates
+        return rewrap(updates)
 
     return optax.stateless(update)
 

@@ -1,0 +1,87 @@
+"""The switch of an NNX model and its optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from cuttlefish_jax.factorize import factorize
+from cuttlefish_jax.nnx.params import check_values, to_dict
+from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.switch import carry_opt_state, switch
+
+
+@switch.register
+def _switch_nnx(
+    state: tuple, plan: FactorizationPlan, tx: optax.GradientTransformation
+) -> tuple[nnx.Module, nnx.Optimizer]:
+    if len(state) != 2 or not isinstance(state[0], nnx.Module) or type(state[1]) is not nnx.Optimizer:
+        kinds = ", ".join(type(part).__name__ for part in state)
+        raise ValueError(f"switch needs a pair (model, nnx.Optimizer), got ({kinds})")
+    model, optimizer = state
+    wrt, graph = optimizer.wrt, optimizer.graph
+    params = to_dict(nnx.state(model, wrt, graph=graph))
+    check_values(params)
+    low = factorize(model, plan)
+    fresh = nnx.Optimizer(low, tx, wrt=wrt, graph=graph)
+    # As nnx.Optimizer made it of Variables: masks and the like may look at these.
+    init = optax.GradientTransformation(lambda params: _plain(fresh.opt_state), tx.update)
+    carried = carry_opt_state(
+        _plain(optimizer.opt_state),
+        params,
+        to_dict(nnx.state(low, wrt, graph=graph)),
+        init,
+        _restricted(plan, params),
+    )
+    values = dict(_named(carried))
+    for name, variable in _named(fresh.opt_state):
+        variable.set_value(values[name])
+    fresh.step.set_value(optimizer.step.get_value())
+    return low, fresh
+
+
+@switch.register
+def _switch_optimizer(state: nnx.Optimizer, *args: Any, **kwargs: Any) -> None:
+    raise ValueError("an nnx.Optimizer does not hold its model: use switch((model, optimizer), plan, tx)")
+
+
+def _plain(opt_state: Any) -> Any:
+    """An optimizer's state without Variables, its params-like parts nested dicts."""
+
+    def convert(node: Any) -> Any:
+        if isinstance(node, nnx.State):
+            return to_dict(node)
+        return node.get_value() if isinstance(node, nnx.Variable) else node
+
+    return jax.tree.map(convert, opt_state, is_leaf=lambda node: isinstance(node, (nnx.State, nnx.Variable)))
+
+
+def _named(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Leaves (Variables whole) with their paths, the indices of lists as strings."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, nnx.Variable))[
+        0
+    ]
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]
+
+
+def _restricted(plan: FactorizationPlan, params: Mapping[str, Any]) -> FactorizationPlan:
+    """The plan for those layers alone whose kernels the optimizer sees."""
+    seen = {path for path in plan.ranks if _has(params, f"{path}/{plan.kernels[path].param}".lstrip("/"))}
+    if len(seen) == len(plan.ranks):
+        return plan
+    kept = tuple((path, "not optimized") for path in plan.ranks if path not in seen)
+    ranks = tuple((path, rank) for path, rank in plan.rank_entries if path in seen)
+    return dataclasses.replace(plan, rank_entries=ranks, kept_entries=(*plan.kept_entries, *kept))
+
+
+def _has(params: Any, path: str) -> bool:
+    for key in path.split("/"):
+        if not isinstance(params, Mapping) or key not in params:
+            return False
+        params = params[key]
+    return True
