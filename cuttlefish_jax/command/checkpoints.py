@@ -13,6 +13,7 @@ import jax
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.errors import mendable, needs
+from cuttlefish_jax.command.torch_names import is_of_torch, to_flax
 from cuttlefish_jax.serving import load_safetensors
 from cuttlefish_jax.training.errors import CheckpointError, UserError, WorkdirError
 
@@ -28,6 +29,7 @@ class Checkpoint:
       plan: of params that are factorized.
       config: the settings of the run that it is of, a ConfigDict.
       ranks_0: ``{path: stable rank}`` at the random initialisation, if the run measured them.
+      is_of_torch: whether it was in the names and the layout of PyTorch.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Checkpoint:
     plan: cf.FactorizationPlan | None = None
     config: Any = None
     ranks_0: Mapping[str, Any] | None = None
+    is_of_torch: bool = False
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -98,6 +101,8 @@ def _read(path: Path) -> Checkpoint:
         return _read_orbax(path)
     with mendable():
         tree, plan = load_safetensors(path)
+    if plan is None and is_of_torch(tree):
+        return Checkpoint(path=path, is_of_torch=True, **_variables(to_flax(tree), path))
     return Checkpoint(path=path, plan=plan, **_variables(tree, path))
 
 

@@ -28,6 +28,7 @@ class Spectra:
       params: every kernel whole.
       kernels: its kernels.
       is_exact: whether they are a network's, and not read off the params.
+      is_of_torch: whether the checkpoint was in the names and the layout of PyTorch.
       stable_ranks: of every kernel.
       singular_values: the same.
     """
@@ -35,6 +36,7 @@ class Spectra:
     params: Mapping[str, Any]
     kernels: cf.Kernels
     is_exact: bool
+    is_of_torch: bool
     stable_ranks: Mapping[str, Any]
     singular_values: Mapping[str, Any]
 
@@ -61,6 +63,7 @@ def measure(args: argparse.Namespace, checkpoint: Checkpoint) -> Spectra:
             params=params,
             kernels=kernels,
             is_exact=network is not None or checkpoint.plan is not None,
+            is_of_torch=checkpoint.is_of_torch,
             stable_ranks=_on_host(cf.stable_ranks(params, kernels)),
             singular_values=_on_host(cf.singular_values(params, kernels)),
         )
@@ -83,13 +86,20 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "scaled_stable_rank, Cuttlefish's, against the run's initialisation or, if that is not known, a "
         "random matrix of the same shape",
     )
+    # One list: of the patterns that match a layer, the first one decides.
     group.add_argument(
-        "--keep", action="append", default=[], metavar="PATTERN", help="layers to leave full-rank; repeatable"
+        "--keep",
+        action="append",
+        dest="rules",
+        type=lambda pattern: cf.Rule(pattern, keep=True),
+        metavar="PATTERN",
+        help="layers to leave full-rank; repeatable, and of all patterns the first that matches decides",
     )
     group.add_argument(
         "--factorize",
         action="append",
-        default=[],
+        dest="rules",
+        type=_rule,
         metavar="PATTERN[=RANK]",
         help="layers to factorize, also where the defaults keep them, and at this rank; repeatable",
     )
@@ -112,7 +122,7 @@ def make_plan(args: argparse.Namespace, checkpoint: Checkpoint, spectra: Spectra
             _known(checkpoint.ranks_0, spectra.kernels),
             singular_values=spectra.singular_values,
             rank_rule=_rank_rule(args),
-            rules=[cf.Rule(pattern, keep=True) for pattern in args.keep] + [_rule(x) for x in args.factorize],
+            rules=args.rules or (),
             round_to=args.round_to,
             min_rank_ratio=args.min_rank_ratio,
         )
@@ -139,5 +149,5 @@ def _rule(option: str) -> cf.Rule:
     if not equals:
         return cf.Rule(pattern)
     if not rank.isdecimal():
-        raise UserError(f"--factorize {option}: {rank!r} is not a rank")
+        raise argparse.ArgumentTypeError(f"{rank!r} is not a rank")
     return cf.Rule(pattern, rank=int(rank))

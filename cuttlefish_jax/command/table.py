@@ -8,6 +8,7 @@ import numpy as np
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.plans import Spectra
+from cuttlefish_jax.command.torch_names import NOTE
 from cuttlefish_jax.command.tree_kernels import HEURISTICS
 from cuttlefish_jax.text_table import align
 
@@ -78,7 +79,7 @@ def _totals(spectra: Spectra, plan: cf.FactorizationPlan) -> list[str]:
         lines.append(f"forward FLOPs of the kernels, per example: {_change(full, low)}")
     else:
         lines += ["", f"{HEURISTICS}. With --config or --model they are exact, and FLOPs are known."]
-    return lines
+    return [*lines, "", f"{NOTE}."] if spectra.is_of_torch else lines
 
 
 def _change(before: int, after: int) -> str:

@@ -60,8 +60,12 @@ def kernels_of_tree(params: Mapping[str, Any]) -> Kernels:
             skipped.append((joined, kernel))
         else:
             entries.append(kernel)
+    entries.sort(key=_position)
+    # One input channel is that of grey images in the first layer; in another it is one of many groups.
+    depthwise = [kernel for kernel in entries[1:] if _has_one_channel(kernel)]
+    skipped += [(kernel.path, "one input channel: a depthwise convolution") for kernel in depthwise]
     return Kernels(
-        entries=tuple(sorted(entries, key=_position)),
+        entries=tuple(kernel for kernel in entries if kernel not in depthwise),
         skipped_entries=tuple(skipped),
         num_params=sum(math.prod(leaf.shape) for _, _, leaf, _ in leaves),
         embedding_first=any(name == "embedding" for _, name, _, _ in leaves),
@@ -112,9 +116,6 @@ def _kernel(
     is_conv = inputs in (2, 3, 4) and output == 1 and not (in_attention and name == "out")
     if inputs > 1 and output == 1 and not is_conv and not in_attention:
         return f"shape {shape} is neither a Dense nor a Conv"
-    window = shape[stack:-2] if is_conv else ()
-    if is_conv and shape[-2] == 1 and math.prod(window) > 1 and shape[-1] > 1 and _is_depthwise_name(name):
-        return "its name and its one input channel are those of a depthwise convolution"
     axes = tuple(range(len(shape)))
     return Kernel(
         path=path,
@@ -137,5 +138,6 @@ def _split_by_bias(shape: tuple[int, ...], bias: tuple[int, ...] | None) -> tupl
     return 0, 1
 
 
-def _is_depthwise_name(name: str) -> bool:
-    return "depthwise" in name.lower() or "dw" in name.lower().split("_")
+def _has_one_channel(kernel: Kernel) -> bool:
+    is_window = kernel.layer == "Conv" and not kernel.is_pointwise
+    return is_window and kernel.shape[kernel.reduction_axes[-1]] == 1 < kernel.n
