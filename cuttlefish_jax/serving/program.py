@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 from flax import nnx
+from flax.core import meta, unfreeze
 from jax import export as jax_export
+
+from cuttlefish_jax.serving.nnx_weights import weights_as_argument, weights_of
 
 
 def export(
@@ -40,8 +44,8 @@ def export(
       bake_weights: whether the weights are constants of the program, which then is one whole file. Otherwise
         they are its first argument, as in ``program.call(variables, images)``, and the program has the code
         alone: for models of more than 2 GiB, which is as much as the format holds, and for weights that
-        change. Those of an NNX module are ``nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))``,
-        the indices of lists as texts: what :func:`load_safetensors` makes of it.
+        change. Those of an NNX module are nested dicts by the names of its attributes: what comes back from
+        :func:`save_safetensors` and :func:`load_safetensors`.
       **kwargs: passed on to the model, e.g. ``train=False`` or ``method=``; constants of the program.
 
     Returns:
@@ -88,33 +92,14 @@ def _pure(model: Any, variables: Any, kwargs: dict[str, Any]) -> tuple[Callable[
             raise ValueError(
                 f"{type(model).__name__} is an NNX module, which has its own variables: pass None"
             )
-        graph, random, state = nnx.split(model, nnx.RngState, ...)
-        pure = nnx.to_pure_dict(state)
-
-        def call(weights: Any, *inputs: Any) -> Any:
-            filled = jax.tree.map(lambda x: x, state)
-            nnx.replace_by_pure_dict(filled, _with_keys_of(pure, weights))
-            return nnx.merge(graph, random, filled)(*inputs, **kwargs)
-
-        return call, _with_text_keys(pure)
+        return weights_as_argument(model, kwargs), weights_of(model)
     if variables is None:
         raise ValueError(f"{type(model).__name__} needs its variables, e.g. {{'params': params}}")
-    apply = model.apply if hasattr(model, "apply") else model
-    return lambda weights, *inputs: apply(weights, *inputs, **kwargs), variables
-
-
-def _with_text_keys(tree: Any) -> Any:
-    """The tree with its list indices as texts: a serialised program knows no other keys."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {str(key): _with_text_keys(value) for key, value in tree.items()}
-
-
-def _with_keys_of(pure: Any, tree: Any) -> Any:
-    """Inverse of :func:`_with_text_keys`."""
-    if not isinstance(pure, Mapping):
-        return tree
-    return {key: _with_keys_of(value, tree[str(key)]) for key, value in pure.items()}
+    if not isinstance(model, nn.Module):
+        return lambda weights, *inputs: model(weights, *inputs, **kwargs), variables
+    # Plain dicts of arrays: programs know no frozen ones, and no boxes with the names of axes.
+    plain = unfreeze(meta.unbox(variables))
+    return lambda weights, *inputs: model.apply(weights, *inputs, **kwargs), plain
 
 
 def _symbolic_batch(inputs: tuple[Any, ...]) -> Any:

@@ -9,17 +9,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from flax.core import meta
 
 from cuttlefish_jax.files import replace_file
 from cuttlefish_jax.models.pretrained.source import open_checkpoint
 from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.serving.nnx_weights import weights_of
 
 # In the metadata: the document of FactorizationPlan.to_json.
 PLAN = "cuttlefish_plan"
 
 
 def save_safetensors(
-    file: str | os.PathLike[str], params: Mapping[str, Any], plan: FactorizationPlan | None = None
+    file: str | os.PathLike[str], params: Any, plan: FactorizationPlan | None = None
 ) -> None:
     """Writes a tree of arrays to a safetensors file, and the plan that it was factorized with beside it.
 
@@ -28,7 +31,8 @@ def save_safetensors(
 
     Args:
       file: where to; an older file is replaced in one step.
-      params: nested dicts of arrays: params, or all variables, ``{"params": ..., "batch_stats": ...}``.
+      params: nested dicts of arrays: params, or all variables, ``{"params": ..., "batch_stats": ...}``; or an
+        NNX model or state, of which everything but random states is saved.
       plan: of params that are factorized; its JSON document becomes ``"cuttlefish_plan"`` of the file's
         metadata, where every reader of safetensors finds it.
 
@@ -48,6 +52,9 @@ def save_safetensors(
         from safetensors.numpy import save
     except ImportError as error:
         raise ValueError("saving needs safetensors: pip install 'cuttlefish-jax[serving]'") from error
+    if isinstance(params, (nnx.Module, nnx.State)):
+        params = weights_of(params)
+    params = meta.unbox(params)  # a file has no place for the names of axes
     tensors = {name: _host_array(name, leaf) for name, leaf in _named(params)}
     metadata = {"format": "flax"} | ({PLAN: plan.to_json()} if plan is not None else {})
     replace_file(Path(file), save(tensors, metadata))
@@ -100,10 +107,7 @@ def _named(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 def _host_array(name: str, leaf: Any) -> np.ndarray:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise ValueError(
-            f"{name!r} is a {type(leaf).__name__}, not an array: take params out of their boxes first, with "
-            "flax.linen.meta.unbox"
-        )
+        raise ValueError(f"{name!r} is a {type(leaf).__name__}, not an array")
     if isinstance(leaf, jax.Array):
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{name!r} is a random key, not an array: save params without it")

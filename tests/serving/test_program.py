@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import cuttlefish_jax as cf
 from cuttlefish_jax import serving
@@ -114,10 +115,18 @@ class Nnx(nnx.Module):
 def test_nnx_modules(bake_weights, tmp_path):
     model = Nnx(nnx.Rngs(0))
     model.eval()
-    state = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
-    serving.save_safetensors(tmp_path / "nnx.safetensors", state)
-    loaded, _ = serving.load_safetensors(tmp_path / "nnx.safetensors")
     x = jax.random.normal(jax.random.key(1), (3, 8))
+    plan = cf.FactorizationPlan.from_ranks(cf.find_kernels(model, x), {"layers/1": 3})
+    model = cf.factorize(model, plan)
+    serving.save_safetensors(tmp_path / "nnx.safetensors", model, plan)
+    loaded, loaded_plan = serving.load_safetensors(tmp_path / "nnx.safetensors")
+    assert loaded_plan == plan
+    assert set(loaded["layers"]["1"]) == {"u", "v"} and set(loaded["norm"]) == {
+        "bias",
+        "mean",
+        "scale",
+        "var",
+    }
     program = deserialize(serving.export(model, None, x[:1], bake_weights=bake_weights))
     output = program.call(x) if bake_weights else program.call(loaded, x)
     np.testing.assert_allclose(output, model(x), rtol=1e-5, atol=1e-6)
@@ -141,6 +150,16 @@ def test_stacked_and_merged_models():
     low = deserialize(serving.export(cf.factorize(model, plan), {"params": params}, x))
     merged = deserialize(serving.export(model, {"params": cf.merge_params(params, plan)}, x))
     np.testing.assert_allclose(low.call(jnp.ones((5, 16))), merged.call(jnp.ones((5, 16))), atol=1e-5)
+
+
+def test_sharding_metadata_and_frozen_dicts_stay_behind(tmp_path):
+    names = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    model, x = nn.Dense(4, kernel_init=names), jnp.ones((2, 3))
+    variables = freeze(model.init(jax.random.key(0), x))
+    program = deserialize(serving.export(model, variables, x, bake_weights=False))
+    serving.save_safetensors(tmp_path / "dense.safetensors", variables)
+    loaded, _ = serving.load_safetensors(tmp_path / "dense.safetensors")
+    np.testing.assert_array_equal(program.call(loaded, x), np.full((2, 4), 3.0))
 
 
 def test_what_cannot_be_exported_is_refused():
