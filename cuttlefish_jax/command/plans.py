@@ -27,7 +27,8 @@ class Spectra:
     Attributes:
       params: every kernel whole.
       kernels: its kernels.
-      is_exact: whether they are a network's, and not read off the params.
+      is_guessed: whether these are read off the params, and not a network's or a plan's.
+      knows_flops: whether their positions are known.
       is_of_torch: whether the checkpoint was in the names and the layout of PyTorch.
       stable_ranks: of every kernel.
       singular_values: the same.
@@ -35,7 +36,8 @@ class Spectra:
 
     params: Mapping[str, Any]
     kernels: cf.Kernels
-    is_exact: bool
+    is_guessed: bool
+    knows_flops: bool
     is_of_torch: bool
     stable_ranks: Mapping[str, Any]
     singular_values: Mapping[str, Any]
@@ -62,7 +64,9 @@ def measure(args: argparse.Namespace, checkpoint: Checkpoint) -> Spectra:
         return Spectra(
             params=params,
             kernels=kernels,
-            is_exact=network is not None or checkpoint.plan is not None,
+            is_guessed=network is None and checkpoint.plan is None,
+            # A plan that was made without the network does not know of positions either.
+            knows_flops=network is not None or any(kernel.positions > 1 for kernel in kernels.values()),
             is_of_torch=checkpoint.is_of_torch,
             stable_ranks=_on_host(cf.stable_ranks(params, kernels)),
             singular_values=_on_host(cf.singular_values(params, kernels)),

@@ -73,11 +73,11 @@ def _totals(spectra: Spectra, plan: cf.FactorizationPlan) -> list[str]:
         f"{len(plan.ranks)} of {len(plan.kernels)} kernels are factorized",
         f"parameters: {_change(plan.num_params_full, plan.num_params)}",
     ]
-    if spectra.is_exact:
+    if spectra.knows_flops:
         full = sum(kernel.flops() for kernel in kernels)
         low = sum(kernel.flops(plan.ranks.get(kernel.path)) for kernel in kernels)
         lines.append(f"forward FLOPs of the kernels, per example: {_change(full, low)}")
-    else:
+    if spectra.is_guessed:
         lines += ["", f"{HEURISTICS}. With --config or --model they are exact, and FLOPs are known."]
     return [*lines, "", f"{NOTE}."] if spectra.is_of_torch else lines
 

@@ -96,6 +96,23 @@ def test_factorize_writes_factors_and_their_plan(full_file, network, tmp_path, c
     assert status == 2 and "is factorized already" in err
 
 
+def test_a_plan_without_the_network_serves_the_network(full_file, network, tmp_path, cuttlefish):
+    _, model, variables, _ = network
+    out = tmp_path / "out.safetensors"
+    assert cuttlefish("factorize", full_file, "--out", out, "--rank-ratio", 0.5)[0] == 0
+    status, printed, _ = cuttlefish("inspect", out)
+    assert status == 0 and "FLOPs" not in printed and "read off" not in printed
+    low, plan = serving.load_safetensors(out)
+    expected = {**variables, "params": cf.merge_params(low["params"], plan)}
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    np.testing.assert_allclose(
+        cf.factorize(model, plan).apply(low, x, train=False),
+        model.apply(expected, x, train=False),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 def test_merge_gives_the_tree_of_the_unmodified_network(low_run, network, tmp_path, cuttlefish):
     _, model, variables, plan = network
     out = tmp_path / "merged.safetensors"
