@@ -1,5 +1,7 @@
 """Every kind of checkpoint is found and read; the others are refused in one line."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,10 @@ from flax.training.train_state import TrainState
 import cuttlefish_jax as cf
 from cuttlefish_jax import serving
 from cuttlefish_jax.command.checkpoints import read_checkpoint
+from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import CheckpointError, UserError
+from cuttlefish_jax.training.method import make_tracker
+from cuttlefish_jax.training.progress import Progress
 
 PARAMS = {"fc": {"kernel": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "bias": jnp.ones(3)}}
 STATS = {"norm": {"mean": jnp.zeros(3)}}
@@ -31,6 +36,18 @@ def test_a_workdir_is_read_with_its_plan_and_settings(network, full_run, low_run
     best = cf.merge_params(low.params, plan)
     chex.assert_trees_all_close(low.full_rank(), jax.device_get(best))
     chex.assert_trees_all_equal(read_checkpoint(str(low_run / "best")).params, low.params)
+
+
+def test_the_average_is_read_where_a_run_has_one(network, tmp_path):
+    config, _, variables, _ = network
+    average = jax.tree.map(lambda x: 2 * x, variables["params"])
+    state = {**variables, "ema_params": average, "opt_state": {"count": np.int32(1)}}
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, state, Progress(make_tracker(config)).to_record())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    checkpoint = read_checkpoint(str(tmp_path))
+    chex.assert_trees_all_equal(checkpoint.params, average)
+    assert checkpoint.ranks_0 is None
 
 
 def save_standard(folder, tree):
