@@ -2,6 +2,7 @@
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
 from cuttlefish_jax import nnx as _nnx  # noqa: F401 (the same for NNX)
+from cuttlefish_jax.budgets import Budget, BudgetUse, FLOPs, Parameters, Time
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
@@ -10,7 +11,8 @@ from cuttlefish_jax.kernel_profile import KernelProfile
 from cuttlefish_jax.kernels import Kernel, KernelAxes, Kernels, find_kernels
 from cuttlefish_jax.layer_types import LayerType, register_layer
 from cuttlefish_jax.measured import Measured
-from cuttlefish_jax.plan import FactorizationPlan, Rule, make_plan
+from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.planning import make_plan
 from cuttlefish_jax.profiling import profile_kernels
 from cuttlefish_jax.rank_rules import (
     AccumulativeRank,
@@ -22,6 +24,7 @@ from cuttlefish_jax.rank_rules import (
     StableRank,
     gaussian_scale,
 )
+from cuttlefish_jax.rules import Rule, tile_size
 from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
 from cuttlefish_jax.switch import carry_opt_state, switch
 from cuttlefish_jax.tracker import RankTracker
@@ -31,8 +34,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulativeRank",
     "AtEpoch",
+    "Budget",
+    "BudgetUse",
     "Criterion",
     "EnergyRank",
+    "FLOPs",
     "FactorizationPlan",
     "Kernel",
     "KernelAxes",
@@ -42,6 +48,7 @@ __all__ = [
     "LayerType",
     "Measured",
     "Never",
+    "Parameters",
     "RankRatio",
     "RankRule",
     "RankTracker",
@@ -50,6 +57,7 @@ __all__ = [
     "Rule",
     "ScaledStableRank",
     "StableRank",
+    "Time",
     "accumulative_ranks",
     "carry_opt_state",
     "count_flops",
@@ -66,4 +74,5 @@ __all__ = [
     "singular_values",
     "stable_ranks",
     "switch",
+    "tile_size",
 ]

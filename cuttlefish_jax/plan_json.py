@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from cuttlefish_jax.budgets import Budget, BudgetUse
 from cuttlefish_jax.json_reader import JsonReader
 from cuttlefish_jax.kernels import Kernel, Kernels, insert_axes
 
@@ -23,6 +24,8 @@ def write_plan(plan: FactorizationPlan) -> str:
         "ranks": plan.ranks,
         "kept": dict(plan.kept_entries),
         "skipped": plan.kernels.skipped,
+        "decided": plan.decided,
+        "budget": None if plan.budget is None else _budget_document(plan.budget),
         "extra_batch_norm": plan.extra_batch_norm,
         "num_params_full": plan.num_params_full,
         "num_params": plan.num_params,
@@ -51,7 +54,23 @@ def read_plan(text: str) -> dict[str, Any]:
         rank_entries=tuple(_READER.get(document, "ranks", dict).items()),
         kept_entries=_texts(document, "kept"),
         extra_batch_norm=_READER.get(document, "extra_batch_norm", bool),
+        # Nor have they these.
+        decided_entries=_texts(document, "decided") if "decided" in document else (),
+        budget=None if document.get("budget") is None else _budget(_READER.get(document, "budget", dict)),
     )
+
+
+def _budget_document(use: BudgetUse) -> dict[str, Any]:
+    return {"budget": str(use.budget), "asked": use.asked, "used": use.used}
+
+
+def _budget(entry: Any) -> BudgetUse:
+    text = _READER.get(entry, "budget", str)
+    asked, used = (_READER.get(entry, key, float) for key in ("asked", "used"))
+    try:
+        return BudgetUse(budget=Budget.parse(text), asked=asked, used=used)
+    except ValueError as error:
+        raise _READER.error(str(error)) from error
 
 
 def _kernel(entry: Any) -> Kernel:

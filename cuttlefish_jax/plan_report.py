@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from cuttlefish_jax.text_table import align
 
 if TYPE_CHECKING:
+    from cuttlefish_jax.budgets import BudgetUse
     from cuttlefish_jax.plan import FactorizationPlan
 
-_HEADER = ("layer", "kernel", "rank", "of", "full", "factors", "kept full-rank because")
+_HEADER = ("layer", "kernel", "rank", "of", "full", "factors", "why")
 
 
 def plan_table(plan: FactorizationPlan) -> str:
-    """Every layer with its kernel's shape, rank, full rank, parameters, and the reason if it is kept."""
+    """Every layer with its kernel's shape, rank, full rank, parameters, and what decided."""
     rows: list[tuple[str, ...]] = [_HEADER]
     for path, kernel in plan.kernels.items():
         rank = plan.ranks.get(path)
@@ -23,7 +24,8 @@ def plan_table(plan: FactorizationPlan) -> str:
             rows.append((path or "(root)", shape, "-", str(kernel.max_rank), full, "", plan.kept[path]))
         else:
             factors = f"{kernel.num_params(rank):,}"
-            rows.append((path or "(root)", shape, str(rank), str(kernel.max_rank), full, factors, ""))
+            why = plan.decided.get(path, "")
+            rows.append((path or "(root)", shape, str(rank), str(kernel.max_rank), full, factors, why))
     rows += [(path, "", "-", "", "", "", reason) for path, reason in plan.kernels.skipped.items()]
     return "\n".join([*align(rows, right={2, 3, 4, 5}), "", _totals(plan)])
 
@@ -37,7 +39,16 @@ def _totals(plan: FactorizationPlan) -> str:
         f"parameters of the model: {_change(plan.num_params_full, plan.num_params)}",
         f"forward FLOPs of the kernels, per example: {_change(flops_full, flops_low)}",
     ]
+    if plan.budget is not None:
+        lines.append(_budget(plan.budget))
     return "\n".join(lines)
+
+
+def _budget(use: BudgetUse) -> str:
+    text = f"budget: {use.budget.share:g} of the {use.budget.noun}; "
+    if use.asked != use.used:
+        text += f"the rank rule asked for {use.asked:.4g}, "
+    return text + f"the plan uses {use.used:.4g}"
 
 
 def _change(before: int, after: int) -> str:

@@ -334,13 +334,14 @@ def test_flops_of_the_plan_are_those_of_the_factorized_model():
 
 
 def test_the_report_names_every_layer_and_its_totals_are_right():
-    plan = cf.make_plan(NETWORK, ONES, rules=[cf.Rule("stage/fc", rank=7)])
+    plan = cf.make_plan(NETWORK, ONES, rules=[cf.Rule("stage/fc", rank=7), cf.Rule("blocks/*")])
     report = plan.report()
     lines = {line.split()[0]: line.split() for line in report.splitlines() if line}
     assert lines["layer"][:6] == ["layer", "kernel", "rank", "of", "full", "factors"]
-    assert lines["stage/fc"] == ["stage/fc", "40x24", "7", "24", "960", "448"]
-    assert lines["blocks/fc"] == ["blocks/fc", "3x12x10", "4", "10", "360", "264"]
-    assert lines["stage/conv"] == ["stage/conv", "3x3x8x24", "3", "24", "1,728", "288"]
+    assert lines["stage/fc"] == ["stage/fc", "40x24", "7", "24", "960", "448", "rule", "'stage/fc'"]
+    both = ["rule", "'blocks/*',", "ScaledStableRank"]
+    assert lines["blocks/fc"] == ["blocks/fc", "3x12x10", "4", "10", "360", "264", *both]
+    assert lines["stage/conv"] == ["stage/conv", "3x3x8x24", "3", "24", "1,728", "288", "ScaledStableRank"]
     assert lines["stage/shortcut"] == ["stage/shortcut", "1x1x8x24", "-", "8", "192", "shortcut"]
     assert lines["stem"] == ["stem", "16x16", "-", "16", "256", "first", "layer"]
     assert lines["embed"][:2] == ["embed", "-"]

@@ -133,7 +133,7 @@ def test_nan_and_infinity_are_not_json(path, constant):
     assert "is not a number" in refusal(edited(path, constant))
 
 
-OPTIONAL = {"num_params", "embedding_first"}
+OPTIONAL = {"num_params", "embedding_first", "decided", "budget"}
 
 
 @pytest.mark.parametrize("key", sorted(DOCUMENT.keys() - OPTIONAL))
@@ -144,6 +144,38 @@ def test_wrong_types_and_missing_keys(key, value):
     refusal(edited((key,), value))
     missing = {other: DOCUMENT[other] for other in DOCUMENT if other != key}
     assert f"there is no {key!r}" in refusal(json.dumps(missing))
+
+
+def test_what_decided_and_the_budget_survive():
+    use = cf.BudgetUse(budget=cf.FLOPs(0.1 + 0.2), asked=0.7, used=1 / 3)
+    plan = dataclasses.replace(PLAN, decided_entries=(("conv", "rule 'conv'"),), budget=use)
+    read = cf.FactorizationPlan.from_json(plan.to_json())
+    assert read == plan and read.budget == use and read.decided == {"conv": "rule 'conv'"}
+    assert plan != PLAN and PLAN.budget is None and PLAN.decided == {}
+    # Documents of version 0.1.0 have neither.
+    older = {key: value for key, value in DOCUMENT.items() if key not in ("decided", "budget")}
+    assert cf.FactorizationPlan.from_json(json.dumps(older)) == PLAN
+
+
+USE = {"budget": "flops:0.3", "asked": 0.7, "used": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decided", None, "'decided' is None, expected dict"),
+        ("decided", {"conv": 3}, "'decided' has a reason that is no text"),
+        ("decided", {"blocks/fc": "x"}, "'blocks/fc' has a reason for its rank, and no rank"),
+        ("budget", "flops:0.3", "'budget' is 'flops:0.3', expected dict"),
+        ("budget", {}, "there is no 'budget'"),
+        ("budget", USE | {"budget": "money:0.3"}, "'money:0.3' is not a budget such as 'parameters:0.5', "),
+        ("budget", USE | {"budget": "flops:3"}, "'flops:3' is not a budget such as "),
+        ("budget", USE | {"asked": "0.7"}, "'asked' is '0.7', expected float"),
+        ("budget", USE | {"used": -1}, "-1.0 is no share of a budget"),
+    ],
+)
+def test_decisions_and_budgets_that_are_none(key, value, message):
+    assert message in refusal(edited((key,), value))
 
 
 @pytest.mark.parametrize("value", [None, "x", 1, 0, 1.5, [], {}])
