@@ -40,7 +40,8 @@ def _switch_nnx(
     )
     values = dict(_named(carried))
     for name, variable in _named(fresh.opt_state):
-        variable.set_value(values[name])
+        if not isinstance(variable.get_value(), optax.MaskedNode):
+            variable.set_value(values[name])
     fresh.step.set_value(optimizer.step.get_value())
     return low, fresh
 
