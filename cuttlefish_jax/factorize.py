@@ -36,17 +36,20 @@ def factorize(model: Any, plan: FactorizationPlan) -> Any:
     """The same model with the plan's layers replaced by two factors each.
 
     Args:
-      model: a Flax Linen module; it is not changed.
-      plan: made for this model.
+      model: a Flax Linen or NNX module; it is not changed.
+      plan: made for this model, or for one of the other kind with the same paths.
 
     Returns:
-      A Linen module that is initialised, applied (``method=`` included) and called as the model is, on the
-      params that :func:`factorize_params` returns.
+      Of a Linen module, one that is initialised, applied (``method=`` included) and called as the model is,
+      on the params that :func:`factorize_params` returns. Of an NNX module, a copy in whose layers' places
+      stand modules with ``u`` and ``v``, the factors of the model's own kernels; all other Variables are
+      copies of the model's, shared layers stay shared, and an abstract model (``nnx.eval_shape``) gives an
+      abstract one.
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
-      ValueError: if the model is factorized already; when it is first initialised, if the plan was made for
-        another model.
+      ValueError: if the model is factorized already, or if the plan was made for another model (of a Linen
+        module, that is when it is first initialised).
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -56,6 +59,10 @@ def factorize(model: Any, plan: FactorizationPlan) -> Any:
       >>> low, params_low = cf.factorize(model, plan), cf.factorize_params(params, plan)
       >>> low.apply({"params": params_low}, x).shape
       (1, 6)
+      >>> from flax import nnx
+      >>> low = cf.factorize(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), plan)
+      >>> low.u.kernel.shape, low.v.kernel.shape, low(x).shape
+      ((8, 2), (2, 6), (1, 6))
     """
     raise TypeError(f"factorize needs a Flax module, got {type(model).__name__}")
 
@@ -70,11 +77,13 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     values.
 
     Args:
-      params: the params tree of the model (not changed).
+      params: the params tree of the model (not changed), or an ``nnx.State`` with its params, or an NNX
+        model.
       plan: made for this model.
 
     Returns:
-      Nested dicts, the very tree that ``factorize(model, plan).init`` makes, in the dtypes of ``params``.
+      Nested dicts, the very tree that ``factorize(model, plan).init`` makes, in the dtypes of ``params``. Of
+      a state or an NNX model, an ``nnx.State``: that of ``factorize(model, plan)``.
 
     Raises:
       ValueError: if ``params`` are not those of the plan's model; the message names the first difference.
@@ -102,11 +111,12 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """The original tree, each kernel the product of its factors: the unmodified model serves it.
 
     Args:
-      params: factorized params (not changed).
+      params: factorized params (not changed), or an ``nnx.State`` with these, or a factorized NNX model.
       plan: the plan they were factorized with.
 
     Returns:
-      Nested dicts, in the dtypes of ``params``.
+      Nested dicts, in the dtypes of ``params``. Of a state or an NNX model, an ``nnx.State``, for
+      ``nnx.update(model, state)``.
 
     Raises:
       ValueError: if ``params`` were not factorized with this plan, or if the plan has extra batch norms

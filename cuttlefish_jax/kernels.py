@@ -334,12 +334,12 @@ def find_kernels(model: Any, *inputs: Any, include_embeddings: bool = False, **k
     The model is traced abstractly (``jax.eval_shape``): no FLOPs are spent and no parameters made.
 
     Args:
-      model: a Flax Linen module.
+      model: a Flax Linen or NNX module; an NNX module may be abstract (``nnx.eval_shape``).
       *inputs: arrays or ``jax.ShapeDtypeStruct`` to call it with; the first axis of the first one is the
         batch (it only enters the counts per example).
       include_embeddings: find embedding tables, too; they are looked up in their factors, and tied heads
         (``attend``) multiply by both. Otherwise they are skipped.
-      **kwargs: passed on to the model's ``init``, e.g. ``train=False`` or ``method=``.
+      **kwargs: passed on to the model, e.g. ``train=False``; ``method=`` calls another of its methods.
 
     Returns:
       A :class:`Kernels` mapping ``path -> Kernel`` in call order; ``.skipped`` is ``path -> reason``.
@@ -353,5 +353,9 @@ def find_kernels(model: Any, *inputs: Any, include_embeddings: bool = False, **k
       >>> kernels = cf.find_kernels(model, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
       >>> [(path, kernel.m, kernel.n, kernel.positions) for path, kernel in kernels.items()]
       [('layers_0', 27, 16, 64), ('layers_1', 16, 10, 64)]
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.LayerNorm(16, rngs=nnx.Rngs(0)))
+      >>> list(cf.find_kernels(model, jnp.ones((1, 8))))
+      ['layers/0']
     """
     raise TypeError(f"find_kernels needs a Flax module, got {type(model).__name__}")

@@ -106,7 +106,7 @@ def profile_kernels(
     calls of one.
 
     Args:
-      model: a Flax Linen module.
+      model: a Flax Linen or NNX module.
       *inputs: arrays or ``jax.ShapeDtypeStruct`` to call it with, of the batch that one device will train on;
         the values do not matter.
       ratio: rank of the factorized layers, as a share of ``min(m, n)``.

@@ -84,9 +84,7 @@ def stable_ranks(
     return _by_path(kernels, _stable_ranks(unwrap(params)[0], tuple(kernels.values()), method))
 
 
-def singular_values(
-    params: Any, kernels: Mapping[str, Kernel]
-) -> dict[str, Float[Array, "*stack min_mn"]]:
+def singular_values(params: Any, kernels: Mapping[str, Kernel]) -> dict[str, Float[Array, "*stack min_mn"]]:
     r"""All singular values of every kernel's matrix, largest first.
 
     They are the square roots of the eigenvalues of the smaller side's Gram matrix. Squaring costs half of

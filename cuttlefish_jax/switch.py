@@ -43,14 +43,16 @@ def switch(
 
     Args:
       state: a ``flax.training.train_state.TrainState``, or any dataclass with ``params``, ``opt_state``,
-        ``tx``, ``apply_fn`` and ``replace``.
+        ``tx``, ``apply_fn`` and ``replace``. Of an NNX model, the tuple ``(model, optimizer)`` with its
+        ``nnx.Optimizer``; ``nnx.EMA`` objects may follow.
       plan: made for the model.
       tx: the optimizer of the low-rank phase, usually the same chain.
       apply_fn: the factorized model's apply function; by default ``factorize(model, plan).apply`` of the
         model whose bound ``apply`` is ``state.apply_fn``.
 
     Returns:
-      ``state.replace(...)``.
+      ``state.replace(...)``; of a tuple, a tuple of new objects: the factorized model, its optimizer, the
+      averages.
 
     Raises:
       ValueError: if ``state.apply_fn`` is not a model's bound ``apply`` and ``apply_fn`` is not given, or if
@@ -66,6 +68,12 @@ def switch(
       >>> state = cf.switch(state, plan, tx)
       >>> state.apply_fn({"params": state.params}, x).shape
       (1, 6)
+      >>> from flax import nnx
+      >>> model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> model, optimizer = cf.switch((model, optimizer), plan, tx)
+      >>> model.u.kernel.shape
+      (8, 2)
     """
     if apply_fn is None:
         model = getattr(state.apply_fn, "__self__", None)
