@@ -40,11 +40,12 @@ def _totals(plan: FactorizationPlan) -> str:
         f"forward FLOPs of the kernels, per example: {_change(flops_full, flops_low)}",
     ]
     if plan.budget is not None:
-        lines.append(_budget(plan.budget))
+        lines.append(budget_line(plan.budget))
     return "\n".join(lines)
 
 
-def _budget(use: BudgetUse) -> str:
+def budget_line(use: BudgetUse) -> str:
+    """What became of a plan's budget."""
     text = f"budget: {use.budget.share:g} of the {use.budget.noun}; "
     if use.asked != use.used:
         text += f"the rank rule asked for {use.asked:.4g}, "

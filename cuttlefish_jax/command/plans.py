@@ -90,6 +90,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "scaled_stable_rank, Cuttlefish's, against the run's initialisation or, if that is not known, a "
         "random matrix of the same shape",
     )
+    group.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="KIND:SHARE",
+        help="what may be left at most, e.g. parameters:0.3, or flops:0.5 where the network is known: the "
+        "ranks are then lowered together, where it costs the least",
+    )
     # One list: of the patterns that match a layer, the first one decides.
     group.add_argument(
         "--keep",
@@ -127,9 +134,18 @@ def make_plan(args: argparse.Namespace, checkpoint: Checkpoint, spectra: Spectra
             singular_values=spectra.singular_values,
             rank_rule=_rank_rule(args),
             rules=args.rules or (),
+            budget=_known_cost(args.budget, spectra),
             round_to=args.round_to,
             min_rank_ratio=args.min_rank_ratio,
         )
+
+
+def _known_cost(budget: cf.Budget | None, spectra: Spectra) -> cf.Budget | None:
+    if isinstance(budget, cf.Time):
+        raise UserError(f"--budget {budget}: times have to be measured, with cf.profile_kernels in Python")
+    if isinstance(budget, cf.FLOPs) and not spectra.knows_flops:
+        raise UserError(f"--budget {budget}: FLOPs are known of a network alone: give --config or --model")
+    return budget
 
 
 def _known(ranks_0: Mapping[str, Any] | None, kernels: cf.Kernels) -> Mapping[str, Any] | None:
@@ -146,6 +162,13 @@ def _rank_rule(args: argparse.Namespace) -> cf.RankRule:
             raise UserError(f"--rule {args.rule}: {name!r} is none of {', '.join(_RULES)}")
     rules = tuple(RANK_RULES[name](args) for name in names)
     return rules[0] if len(rules) == 1 else cf.LargestOf(rules)
+
+
+def _budget(option: str) -> cf.Budget:
+    try:
+        return cf.Budget.parse(option)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _rule(option: str) -> cf.Rule:

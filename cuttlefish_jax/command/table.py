@@ -10,6 +10,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.command.plans import Spectra
 from cuttlefish_jax.command.torch_names import NOTE
 from cuttlefish_jax.command.tree_kernels import HEURISTICS
+from cuttlefish_jax.plan_report import budget_line
 from cuttlefish_jax.text_table import align
 
 _HEADER = (
@@ -77,6 +78,8 @@ def _totals(spectra: Spectra, plan: cf.FactorizationPlan) -> list[str]:
         full = sum(kernel.flops() for kernel in kernels)
         low = sum(kernel.flops(plan.ranks.get(kernel.path)) for kernel in kernels)
         lines.append(f"forward FLOPs of the kernels, per example: {_change(full, low)}")
+    if plan.budget is not None:
+        lines.append(budget_line(plan.budget))
     if spectra.is_guessed:
         lines += ["", f"{HEURISTICS}. With --config or --model they are exact, and FLOPs are known."]
     return [*lines, "", f"{NOTE}."] if spectra.is_of_torch else lines

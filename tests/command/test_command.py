@@ -96,6 +96,20 @@ def test_factorize_writes_factors_and_their_plan(full_file, network, tmp_path, c
     assert status == 2 and "is factorized already" in err
 
 
+@pytest.mark.parametrize("budget", ["parameters:0.3", "flops:0.4"])
+def test_a_budget_is_kept(budget, full_file, tmp_path, cuttlefish):
+    out = tmp_path / "out.safetensors"
+    status, printed, _ = cuttlefish("factorize", full_file, "--out", out, *MODEL, "--budget", budget)
+    assert status == 0 and "budget: 0." in printed
+    plan = serving.load_safetensors(out)[1]
+    kernels = plan.kernels.values()
+    left = {
+        "parameters:0.3": plan.num_params / plan.num_params_full,
+        "flops:0.4": sum(k.flops(plan.ranks.get(k.path)) for k in kernels) / sum(k.flops() for k in kernels),
+    }
+    assert 0.8 * float(budget[-3:]) < left[budget] <= float(budget[-3:])
+
+
 def test_a_plan_without_the_network_serves_the_network(full_file, network, tmp_path, cuttlefish):
     _, model, variables, _ = network
     out = tmp_path / "out.safetensors"
@@ -146,6 +160,10 @@ def test_export_takes_a_run_or_a_file_and_its_network(low_run, low_file, network
         ("inspect FULL --rank-ratio 2", r"RankRatio: ratio 2.0 is not in \(0, 1\]"),
         ("inspect FULL --rule energi", "'energi' is none of scaled_stable_rank"),
         ("inspect FULL --rule energy --rank-ratio 0.5", "not allowed with argument"),
+        ("inspect FULL --budget half", "'half' is not a budget such as"),
+        ("inspect FULL --budget flops:0.5", "FLOPs are known of a network alone"),
+        ("inspect FULL --budget time:0.5", "times have to be measured"),
+        ("factorize FULL --out new.safetensors --budget parameters:0.0001", "0.0001"),
         ("inspect FULL --keep stag/*", r"rule 'stag/\*' matches no layer; near it: stage"),
         ("inspect FULL --factorize stem_conv=x", "'x' is not a rank"),
         ("inspect FULL --factorize stem_conv=90", "exceeds min"),

@@ -352,11 +352,14 @@ def test_the_hub_without_a_network(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("package", ["safetensors", "huggingface_hub"])
-def test_packages_that_are_not_installed(package, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [("safetensors", "'cuttlefish-jax[serving]'"), ("huggingface_hub", "huggingface_hub")],
+)
+def test_packages_that_are_not_installed(package, advice, monkeypatch):
     shapes, _ = random_bert()
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"pip install {package}" in refusal("bert_base", shapes, "some-one/bert")
+    assert f"pip install {advice}" in refusal("bert_base", shapes, "some-one/bert")
 
 
 def test_unknown_paths_have_no_place():
