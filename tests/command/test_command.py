@@ -1,5 +1,6 @@
 """The commands in this process: what they print and write, and what they refuse."""
 
+import functools
 import importlib
 import re
 import tomllib
@@ -31,6 +32,10 @@ def low_file(network, tmp_path):
     params = cf.factorize_params(variables["params"], plan)
     serving.save_safetensors(file, {**variables, "params": params}, plan)
     return file
+
+
+def evaluated(model, variables, x):
+    return jax.jit(functools.partial(model.apply, train=False))(variables, x)
 
 
 def energy_rank(kernel, params):
@@ -120,8 +125,8 @@ def test_a_plan_without_the_network_serves_the_network(full_file, network, tmp_p
     expected = {**variables, "params": cf.merge_params(low["params"], plan)}
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
     np.testing.assert_allclose(
-        cf.factorize(model, plan).apply(low, x, train=False),
-        model.apply(expected, x, train=False),
+        evaluated(cf.factorize(model, plan), low, x),
+        evaluated(model, expected, x),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -136,15 +141,15 @@ def test_merge_gives_the_tree_of_the_unmodified_network(low_run, network, tmp_pa
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, variables)
     low = cf.factorize_params(variables["params"], plan)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
-    expected = cf.factorize(model, plan).apply({**variables, "params": low}, x, train=False)
-    np.testing.assert_allclose(model.apply(merged, x, train=False), expected, rtol=1e-4, atol=1e-5)
+    expected = evaluated(cf.factorize(model, plan), {**variables, "params": low}, x)
+    np.testing.assert_allclose(evaluated(model, merged, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_export_takes_a_run_or_a_file_and_its_network(low_run, low_file, network, tmp_path, cuttlefish):
     _, model, variables, plan = network
     x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
     low = {**variables, "params": cf.factorize_params(variables["params"], plan)}
-    expected = cf.factorize(model, plan).apply(low, x, train=False)
+    expected = evaluated(cf.factorize(model, plan), low, x)
     settings = low_run / "config.json"
     for number, arguments in enumerate([(low_run,), (low_file, "--config", settings), (low_file, *MODEL)]):
         out = tmp_path / f"{number}.stablehlo"

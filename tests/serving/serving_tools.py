@@ -1,5 +1,7 @@
 """The network of examples/torch_factorized.py in Flax, factorized."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ class Network(nn.Module):
         return nn.Dense(10, name="head")(nn.relu(nn.Dense(64, name="hidden")(x)))
 
 
+@functools.cache
 def factorized():
     """A factorized network, variables of which no two are alike, and the plan."""
     model = Network()
