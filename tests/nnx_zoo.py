@@ -282,11 +282,8 @@ CASES: dict[str, Case] = {
 }
 
 
-@functools.cache
-def prepared(name: str, dtype: Any = None) -> tuple[nnx.Module, Any, cf.Kernels]:
-    """A case's model (its params random, made without compiling anything), input and kernels."""
-    case = CASES[name]
-    abstract = nnx.eval_shape(lambda: case.model(dtype=dtype, rngs=nnx.Rngs(0, dropout=1)))
+def made(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """What ``make`` makes, with random params of NumPy's: initializers would have to be compiled."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: Any) -> Any:
@@ -297,9 +294,18 @@ def prepared(name: str, dtype: Any = None) -> tuple[nnx.Module, Any, cf.Kernels]
         fan = max(1, leaf.size // max(leaf.shape[-1:], default=1))
         return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan) + (leaf.ndim < 2), leaf.dtype)
 
-    graphdef, params, stats, rest = nnx.split(abstract, nnx.Param, nnx.BatchStat, ...)
+    graphdef, params, stats, rest = nnx.split(
+        nnx.eval_shape(lambda: make(nnx.Rngs(0, dropout=1))), nnx.Param, nnx.BatchStat, ...
+    )
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), stats)
-    model = nnx.merge(graphdef, jax.tree.map(fill, params), ones, jax.tree.map(fill, rest))
+    return nnx.merge(graphdef, jax.tree.map(fill, params), ones, jax.tree.map(fill, rest))
+
+
+@functools.cache
+def prepared(name: str, dtype: Any = None) -> tuple[nnx.Module, Any, cf.Kernels]:
+    """A case's model, its input and kernels."""
+    case = CASES[name]
+    model = made(lambda rngs: case.model(dtype=dtype, rngs=rngs))
     return model, case.inputs(), cf.find_kernels(model, case.inputs(), **case.options)
 
 
