@@ -16,15 +16,18 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from cuttlefish_jax.factorize import factorize
+from cuttlefish_jax.flops import count_marked
 from cuttlefish_jax.kernel_profile import KernelProfile, KernelTiming
 from cuttlefish_jax.kernels import Kernels, find_kernels
 from cuttlefish_jax.plan import FactorizationPlan
@@ -71,6 +74,31 @@ class LayerCall:
 def layer_calls(model: Any, kernels: Kernels, inputs: tuple, kwargs: dict[str, Any]) -> tuple[LayerCall, ...]:
     """Every call of the layers of ``kernels`` in an abstract run of ``model``, at least one of each."""
     raise TypeError(f"profile_kernels needs a Flax module, got {type(model).__name__}")
+
+
+def count_calls(
+    kernels: Kernels, seen: Sequence[tuple[LayerCall, int]], jaxpr: core.Jaxpr
+) -> tuple[LayerCall, ...]:
+    """Calls that were seen in a traced program, with how often it runs them.
+
+    Args:
+      kernels: of the model.
+      seen: the calls, and the elements of what each returned, which it marked with its index.
+      jaxpr: the program.
+    """
+    # Elements of all turns of a loop and all mapped copies, by those of the one that was seen. Calls that a
+    # transformation traced, but does not run, have none.
+    marked = count_marked(jaxpr)
+    calls = defaultdict(list)
+    for i, (call, size) in enumerate(seen):
+        count = marked[str(i)] // max(size, 1)
+        calls[call.path].append(dataclasses.replace(call, count=count))
+    chosen = []
+    for path in kernels:
+        run = [call for call in calls[path] if call.count]
+        # In a branch that another one outweighs, say.
+        chosen += run or [dataclasses.replace(call, count=1) for call in calls[path][-1:]]
+    return tuple(chosen)
 
 
 @functools.singledispatch

@@ -339,11 +339,19 @@ def test_profiling():
     model, x, kernels = prepared("scan")
     profile = cf.profile_kernels(model, x, repeats=1)
     assert list(profile) == list(kernels)
-    assert {t.path: t.calls for t in profile.timings} == {
+    timings = {timing.path: timing for timing in profile.timings}
+    assert {path: timing.calls for path, timing in timings.items()} == {
         path: 3 if "blocks" in path else 1 for path in kernels
     }
-    assert {t.path: t.input_shape for t in profile.timings}["blocks/down"] == (2, 4, 8)
+    assert timings["blocks/down"].input_shape == (2, 4, 8)
     assert profile["blocks"] > 0
+
+
+def test_profiling_a_tied_embedding():
+    model, x, _ = prepared("embedding")
+    profile = cf.profile_kernels(model, x, repeats=1, paths=["embed"], include_embeddings=True)
+    assert [(timing.calls, timing.input_shape) for timing in profile.timings] == [(2, (2, 5))]
+    assert profile["embed"] > 0
 
 
 # --- Errors -------------------------------------------------------------------------------------------------

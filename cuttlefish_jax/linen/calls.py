@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from cuttlefish_jax.flops import count_marked, mark
+from cuttlefish_jax.flops import mark
 from cuttlefish_jax.kernels import Kernels
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.tracing import trace
-from cuttlefish_jax.profiling import LayerCall, as_function, layer_calls
+from cuttlefish_jax.profiling import LayerCall, as_function, count_calls, layer_calls
 
 # One for all layers: how its params were drawn does not make a layer another one.
 _KERNEL_INIT, _BIAS_INIT = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
@@ -44,19 +42,7 @@ def _layer_calls_linen(
         seen.append((LayerCall(path=path, layer=alone, input=shape, count=1, method=method), result.size))
         return mark(str(len(seen) - 1), result)
 
-    # Elements of all turns of a loop and all mapped copies, by those of the one that was seen. Calls that a
-    # transformation traced, but does not run, have none.
-    marked = count_marked(trace(model, inputs, kwargs, intercept)[0])
-    calls = defaultdict(list)
-    for i, (call, size) in enumerate(seen):
-        count = marked[str(i)] // max(size, 1)
-        calls[call.path].append(dataclasses.replace(call, count=count))
-    chosen = []
-    for path in kernels:
-        run = [call for call in calls[path] if call.count]
-        # In a branch that another one outweighs, say.
-        chosen += run or [dataclasses.replace(call, count=1) for call in calls[path][-1:]]
-    return tuple(chosen)
+    return count_calls(kernels, seen, trace(model, inputs, kwargs, intercept)[0])
 
 
 @as_function.register
