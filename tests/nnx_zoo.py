@@ -318,3 +318,22 @@ def plan_at(kernels: cf.Kernels, ratio: float = 1.0, **options: Any) -> cf.Facto
 def once(fn: Callable[..., Any], *args: Any) -> Any:
     """A call of a jitted function that runs once: most of its time would go into XLA's optimisations."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+def shapes(state):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+
+def params_of(model):
+    return nnx.state(model, nnx.Param)
+
+
+def layer_at(model, path):
+    for key in path.split("/") if path else ():
+        model = model[int(key)] if key.isdigit() else getattr(model, key)
+    return model

@@ -9,7 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_zoo import CASES, Block, Shared, made, once, plan_at, prepared
+from nnx_zoo import (
+    CASES,
+    Block,
+    Shared,
+    layer_at,
+    made,
+    once,
+    params_of,
+    plan_at,
+    prepared,
+    relative_error,
+    shapes,
+)
 
 import cuttlefish_jax as cf
 
@@ -17,25 +29,6 @@ BFLOAT16 = jnp.bfloat16
 # Compiling takes its time: these have nothing that another case does not have.
 COMPUTED = [name for name in CASES if name not in ("tokens", "vmap", "nested_jit", "over_batch", "refused")]
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5)), jnp.float32)
-
-
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
-
-
-def shapes(state):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
-
-
-def params_of(model):
-    return nnx.state(model, nnx.Param)
-
-
-def layer_at(model, path):
-    for key in path.split("/") if path else ():
-        model = model[int(key)] if key.isdigit() else getattr(model, key)
-    return model
 
 
 def best_approximation(model, plan):
@@ -167,6 +160,28 @@ def test_all_but_the_params_is_kept():
     assert not low.dropout.deterministic
 
 
+class Curious(nnx.Module):
+    """Reads the settings of its layer."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(5, 6, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.layer(x)
+        return y / self.layer.out_features if self.layer.use_bias or self.layer.bias is None else y
+
+
+def test_settings_of_a_factorized_layer_can_be_read():
+    model = made(Curious)
+    kernels = cf.find_kernels(model, X)
+    assert list(kernels) == ["layer"]
+    low = cf.factorize(model, plan_at(kernels))
+    assert relative_error(low(X), model(X)) < 1e-5
+    nnx.jit(lambda low: low.layer.out_features)(low)  # what is static there can be hashed
+    with pytest.raises(AttributeError, match="a factorized layer has no 'kernel'"):
+        _ = low.layer.kernel
+
+
 def test_decode_caches_work_on():
     attention = made(lambda rngs: nnx.MultiHeadAttention(2, 8, decode=True, rngs=rngs))
     attention.init_cache((2, 5, 8))
@@ -244,114 +259,6 @@ def test_params_of_a_model_its_state_and_as_a_tree():
     arrays = cf.factorize_params(nnx.as_pure(state), plan)
     assert isinstance(arrays["layers"][0]["u"]["kernel"], jax.Array)
     chex.assert_trees_all_equal(nnx.to_pure_dict(low), nnx.to_pure_dict(arrays))
-
-
-def test_names_of_axes_for_sharding():
-    mesh = jax.make_mesh((4, 2), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def init(*names):
-        return nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
-
-    with jax.set_mesh(mesh):
-        model = nnx.Sequential(
-            nnx.Linear(8, 8, kernel_init=init("rows", "columns"), rngs=nnx.Rngs(0)),
-            nnx.Conv(8, 4, (3,), kernel_init=init(None, "columns", None), rngs=nnx.Rngs(1)),
-        )
-        plan = plan_at(cf.find_kernels(model, jnp.ones((1, 5, 8))), 0.5)
-        low = cf.factorize(model, plan)
-    names = {
-        path: leaf.get_metadata("out_sharding", None) for path, leaf in nnx.to_flat_state(params_of(low))
-    }
-    assert names == {
-        ("layers", 0, "u", "kernel"): ("rows", None),
-        ("layers", 0, "v", "kernel"): (None, "columns"),
-        ("layers", 0, "v", "bias"): None,
-        ("layers", 1, "u", "kernel"): (None, "columns", None),
-        ("layers", 1, "v", "kernel"): (None, None, None),
-        ("layers", 1, "v", "bias"): None,
-    }
-    for path, leaf in nnx.to_flat_state(params_of(low)):
-        if names[path]:
-            assert leaf.get_value().sharding.spec == jax.sharding.PartitionSpec(*names[path])
-    specs = nnx.get_partition_spec(params_of(low))
-    assert specs["layers"][0]["v"]["kernel"].get_value() == jax.sharding.PartitionSpec(None, "columns")
-    merged = cf.merge_params(low, plan)
-    for old, new in zip(*(nnx.to_flat_state(state) for state in (params_of(model), merged)), strict=True):
-        assert old[0] == new[0] and old[1].get_metadata() == new[1].get_metadata()
-
-
-class Scaled(nnx.Module):
-    """A layer of somebody's own: the output axis comes first, under another name."""
-
-    def __init__(self, din, dout, *, rngs):
-        self.din, self.dout = din, dout
-        self.weight = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (dout, din)))
-
-    def __call__(self, x):
-        return x @ self.weight[...].T / 2
-
-
-def test_a_layer_type_of_ones_own():
-    model, x = made(lambda rngs: nnx.Sequential(Scaled(5, 8, rngs=rngs), jnp.tanh)), X
-    assert cf.find_kernels(model, x).skipped == {"layers/0/weight": "not a kernel, but a parameter of Scaled"}
-    layer_type = cf.LayerType(
-        param="weight",
-        axes=lambda layer: cf.KernelAxes(reduction=(1,), output=(0,)),
-        first=lambda layer, rank: dict(dout=rank),
-        second=lambda layer, rank: dict(in_features=rank, out_features=layer.dout, use_bias=False),
-        second_type=nnx.Linear,
-    )
-    cf.register_layer(Scaled, layer_type)
-    kernels = cf.find_kernels(model, x)
-    assert (kernels["layers/0"].m, kernels["layers/0"].n) == (5, 8)
-    low = cf.factorize(model, plan_at(kernels))
-    assert relative_error(low(x), model(x)) < 1e-5
-    assert shapes(params_of(low))["layers"][0]["u"]["weight"][0] == (5, 5)
-    with pytest.raises(ValueError, match="Scaled is registered already"):
-        cf.register_layer(Scaled, layer_type)
-
-
-@pytest.mark.parametrize("name", ["trained", "scan", "embedding"])
-def test_extra_batch_norms_are_in_the_tree_of_factorize_params(name):
-    _, _, kernels = prepared(name)
-    plan = plan_at(kernels, 0.34, extra_batch_norm=True)
-    abstract = nnx.eval_shape(lambda: CASES[name].model(rngs=nnx.Rngs(0, dropout=1)))
-    low = cf.factorize(abstract, plan)
-    assert shapes(params_of(low)) == shapes(cf.factorize_params(abstract, plan))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params_of(low))) == plan.num_params
-    assert layer_at(low, next(iter(plan.ranks))).norm.use_running_average is (name == "trained")  # as it was
-
-
-def test_extra_batch_norms_train_and_then_keep_still():
-    model, x = made(lambda rngs: nnx.Sequential(nnx.Linear(5, 6, rngs=rngs), nnx.tanh)), X
-    plan = plan_at(cf.find_kernels(model, x), 0.5, extra_batch_norm=True)
-    low = cf.factorize(model, plan)
-    norm, hidden = low.layers[0].norm, low.layers[0].u(x)
-    trained = low(x)
-    np.testing.assert_allclose(norm.mean[...], 0.1 * hidden.mean(0), atol=1e-6)
-    low.eval()
-    assert not np.allclose(low(x), trained)
-    np.testing.assert_allclose(norm.mean[...], 0.1 * hidden.mean(0), atol=1e-6)
-    assert "extra batch norms cannot be merged" in message_of(lambda: cf.merge_params(low, plan))
-
-
-def test_profiling():
-    model, x, kernels = prepared("scan")
-    profile = cf.profile_kernels(model, x, repeats=1)
-    assert list(profile) == list(kernels)
-    timings = {timing.path: timing for timing in profile.timings}
-    assert {path: timing.calls for path, timing in timings.items()} == {
-        path: 3 if "blocks" in path else 1 for path in kernels
-    }
-    assert timings["blocks/down"].input_shape == (2, 4, 8)
-    assert profile["blocks"] > 0
-
-
-def test_profiling_a_tied_embedding():
-    model, x, _ = prepared("embedding")
-    profile = cf.profile_kernels(model, x, repeats=1, paths=["embed"], include_embeddings=True)
-    assert [(timing.calls, timing.input_shape) for timing in profile.timings] == [(2, (2, 5))]
-    assert profile["embed"] > 0
 
 
 # --- Errors -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from flax import nnx
 from cuttlefish_jax.factorize import factorize, factorize_params
 from cuttlefish_jax.kernels import Kernel, subtree
 from cuttlefish_jax.layer_types import LAYER_TYPES
-from cuttlefish_jax.nnx.find import join
+from cuttlefish_jax.nnx.find import is_setting, join
 from cuttlefish_jax.nnx.params import from_boxes, is_abstract, run, to_boxes
 from cuttlefish_jax.plan import FactorizationPlan
 
@@ -24,10 +24,19 @@ class Factorized(nnx.Module):
       u: maps the layer's input to ``rank`` features.
       v: maps these to the layer's output; it has the bias.
       norm: between the two, if the plan has extra batch norms; otherwise ``None``.
+      settings: the layer's own, ``(name, value)``, which can be read as its attributes could be.
     """
 
-    def __init__(self, u: Any, v: Any, norm: nnx.BatchNorm | None = None):
-        self.u, self.v, self.norm = u, v, norm
+    def __init__(
+        self, u: Any, v: Any, norm: nnx.BatchNorm | None = None, settings: tuple[tuple[str, Any], ...] = ()
+    ):
+        self.u, self.v, self.norm, self.settings = u, v, norm, settings
+
+    def __getattr__(self, name: str) -> Any:
+        for setting, value in vars(self).get("settings", ()):
+            if setting == name:
+                return value
+        raise AttributeError(f"a factorized layer has no {name!r}")
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """As the layer's own call; ``out_sharding``, if given, is that of the output."""
@@ -110,7 +119,8 @@ def _factors(layer: Any, low: Mapping[str, Any], rank: int, evaluates: bool) -> 
     if "norm" in low:
         norm = _norm(low["norm"], rank, getattr(layer, "dtype", None))
         norm.use_running_average = evaluates  # as .eval() has left the model, or .train()
-    return (FactorizedEmbed if layer_type.lookup else Factorized)(u, v, norm)
+    settings = tuple((name, value) for name, value in vars(layer).items() if is_setting(name, value))
+    return (FactorizedEmbed if layer_type.lookup else Factorized)(u, v, norm, settings)
 
 
 def _changed(layer: Any, fields: Mapping[str, Any]) -> Any:

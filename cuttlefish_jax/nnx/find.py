@@ -58,8 +58,15 @@ class _Watched(nnx.Module):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("layer", "path", "observer"):
             raise AttributeError(name)
-        self.observer.read(self.path, name)
-        return getattr(self.layer, name)
+        value = getattr(self.layer, name)
+        if not is_setting(name, value):
+            self.observer.read(self.path, name)
+        return value
+
+
+def is_setting(name: str, value: Any) -> bool:
+    """Whether an attribute of a layer is one of its settings, as its number of features is, and no data."""
+    return not name.startswith("_") and not nnx.is_data(value)
 
 
 def trace(
