@@ -264,3 +264,19 @@ class Projection(nn.Module):
     def __call__(self, x):
         x, kernel, scale = nn.dtypes.promote_dtype(x, self.kernel, self.scale, dtype=self.dtype)
         return x @ kernel * scale
+
+
+class Branch(nn.Module):
+    """A small layer in one branch of a cond, a large one in the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        def small(module, x):
+            return nn.Dense(6, name="small")(x)
+
+        def large(module, x):
+            return nn.Dense(6, name="large_2")(nn.Dense(50, name="large_1")(x))
+
+        if self.is_initializing():
+            small(self, x), large(self, x)
+        return nn.cond(x.sum() > 0, small, large, self, x)

@@ -31,6 +31,7 @@ from linen_modules import (
 )
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.kernels import subtree
 
 cf.register_layer(
     Weighted,
@@ -278,3 +279,21 @@ def plan_at(kernels: cf.Kernels, ratio: float = 1.0, **options: Any) -> cf.Facto
 def once(fn: Callable[..., Any], *args: Any) -> Any:
     """A call of a jitted function that runs once: most of its time would go into XLA's optimisations."""
     return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)
+
+
+def relative_error(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+def best_approximation(params, plan):
+    """The original tree with every planned kernel replaced by its truncated SVD, in float64."""
+    params = jax.tree.map(lambda leaf: leaf, params)
+    for path, rank in plan.ranks.items():
+        kernel, layer = plan.kernels[path], subtree(params, path)
+        p, s, q = np.linalg.svd(
+            np.asarray(kernel.to_matrix(layer[kernel.param]), np.float64), full_matrices=False
+        )
+        s[..., rank:] = 0
+        layer[kernel.param] = kernel.from_matrix(((p * s[..., None, :]) @ q).astype(np.float32))
+    return params

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from linen_modules import Block, Setup, Trained
-from linen_zoo import CASES, once, plan_at, prepared
+from linen_zoo import CASES, best_approximation, once, plan_at, prepared, relative_error
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.kernels import subtree
@@ -24,11 +24,6 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-def relative_error(actual, expected):
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
-
-
 def apply(model, variables, *args, **kwargs):
     return once(lambda variables: model.apply(variables, *args, **kwargs), variables)
 
@@ -39,19 +34,6 @@ def init(model, *args, **kwargs):
 
 def made_by_init(model, *args, **kwargs):
     return jax.eval_shape(lambda: model.init(KEY, *args, **kwargs))
-
-
-def best_approximation(params, plan):
-    """The original tree with every planned kernel replaced by its truncated SVD, in float64."""
-    params = jax.tree.map(lambda leaf: leaf, params)
-    for path, rank in plan.ranks.items():
-        kernel, layer = plan.kernels[path], subtree(params, path)
-        p, s, q = np.linalg.svd(
-            np.asarray(kernel.to_matrix(layer[kernel.param]), np.float64), full_matrices=False
-        )
-        s[..., rank:] = 0
-        layer[kernel.param] = kernel.from_matrix(((p * s[..., None, :]) @ q).astype(np.float32))
-    return params
 
 
 @functools.cache
