@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import cuttlefish_jax as cf
 from cuttlefish_jax.training.errors import ConfigError, check_setting
 from cuttlefish_jax.training.method import CRITERIA, METHODS, RANK_RULES, make_method
 from cuttlefish_jax.training.schedule import AFTER_SWITCH
@@ -50,6 +51,7 @@ def check_config(config: Config) -> None:
     for rule in config.plan.rank_rule.split("+"):
         known = f"one of {', '.join(RANK_RULES)}, or several joined by +"
         check_setting("config.plan.rank_rule", config.plan.rank_rule, rule in RANK_RULES, known)
+    _check_budget(config)
     for key, (kind, rule) in _LISTS.items():
         section, _, name = key.partition(".")
         value = config[section][name]
@@ -83,6 +85,19 @@ def check_config(config: Config) -> None:
         raise ConfigError(
             "config.plan.extra_batch_norm and Frobenius decay (config.optimizer.frobenius_decay, or that of "
             "the method si_fd) exclude each other: set one of them to False or 0"
+        )
+
+
+def _check_budget(config: Config) -> None:
+    if not (text := config.plan.budget):
+        return
+    try:
+        budget = cf.Budget.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"config.plan.budget: {error}") from error
+    if isinstance(budget, cf.Time) and not config.profile.enabled:
+        raise ConfigError(
+            f"config.plan.budget {text!r} needs measured times: set config.profile.enabled=True"
         )
 
 

@@ -21,7 +21,7 @@ from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
-from cuttlefish_jax.training.method import deadline, make_method, make_tracker, plan_from_config
+from cuttlefish_jax.training.method import deadline, make_tracker, needs_singular_values, plan_from_config
 from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.state import TrainState
@@ -181,8 +181,8 @@ class _Run:
         progress.seconds["switch"] += time.perf_counter() - start
 
     def _singular_values(self) -> dict[str, Any] | None:
-        """Of all kernels, if the rank rule looks at more than the stable ranks."""
-        if not make_method(self.config).rank_rule.needs_singular_values:
+        """Of all kernels, if the plan looks at more than the stable ranks."""
+        if not needs_singular_values(self.config):
             return None
         return jax.device_get(cf.singular_values(self.state.params, self.experiment.kernels))
 

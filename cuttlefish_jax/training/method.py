@@ -129,6 +129,11 @@ def deadline(config: Config) -> int | None:
     return max(1, min(math.ceil(config.switch.deadline * config.epochs), config.epochs - 1))
 
 
+def needs_singular_values(config: Config) -> bool:
+    """Whether the plan looks at more than the stable ranks."""
+    return bool(config.plan.budget) or make_method(config).rank_rule.needs_singular_values
+
+
 def plan_from_config(
     config: Config,
     kernels: cf.Kernels,
@@ -146,11 +151,11 @@ def plan_from_config(
       ranks_t: ``{path: stable rank}`` now.
       ranks_0: the same before training. That of pre-trained weights is not used: it says nothing of how far
         they are from random ones.
-      singular_values: ``{path: f32[min(m, n)]}`` now, if the method's rank rule needs them.
+      singular_values: ``{path: f32[min(m, n)]}`` now, if :func:`needs_singular_values`.
       profile: how much faster each kernel gets, if that was measured.
 
     Raises:
-      ConfigError: for a rule that matches no layer.
+      ConfigError: for a rule that matches no layer, or a budget that cannot be met.
     """
     method = make_method(config)
     frozen = [cf.Rule(pattern, keep=True) for pattern in config.optimizer.freeze]
@@ -168,6 +173,7 @@ def plan_from_config(
             min_speedup=config.profile.min_speedup,
             min_layer_speedup=config.profile.min_layer_speedup,
             rules=rules,
+            budget=cf.Budget.parse(config.plan.budget) if config.plan.budget else None,
             round_to=config.plan.round_to,
             min_rank_ratio=config.plan.min_rank_ratio,
             extra_batch_norm=config.plan.extra_batch_norm,

@@ -17,6 +17,7 @@ from cuttlefish_jax.training.method import (
     deadline,
     make_method,
     make_tracker,
+    needs_singular_values,
     plan_from_config,
 )
 
@@ -157,6 +158,26 @@ def test_pretrained_weights_are_scaled_by_random_ones():
         assert rank == int(np.ceil(scale * 0.1 * min(m, n)))
     # Without that, the ranks would be full, and nothing smaller.
     assert not make_plan(now=0.1, initial=0.1).ranks
+
+
+def test_a_budget_lowers_the_ranks():
+    kernels = small_kernels()
+    sigmas = {path: np.linspace(1, 0.1, kernel.max_rank) for path, kernel in kernels.items()}
+    shares = ({path: share * kernel.max_rank for path, kernel in kernels.items()} for share in (0.4, 0.4))
+    config = make_config(**{"plan.keep": (), "plan.budget": "parameters:0.5"})
+    assert needs_singular_values(config) and not needs_singular_values(make_config())
+    plan = plan_from_config(config, kernels, *shares, singular_values=sigmas)
+    assert plan.budget.budget == cf.Parameters(0.5) and plan.budget.asked == 1
+    assert 0.45 < plan.num_params / plan.num_params_full <= 0.5
+    config = make_config(**{"plan.keep": (), "plan.budget": "parameters:0.01"})
+    ones = dict.fromkeys(kernels, 1.0)
+    with pytest.raises(ConfigError, match=r"^config\.plan: budget Parameters\(share=0\.01\) cannot be met: "):
+        plan_from_config(config, kernels, ones, ones, singular_values=sigmas)
+    with pytest.raises(ConfigError, match=r"^config\.plan\.budget: 'third' is not a budget such as 'param"):
+        check_config(make_config(**{"plan.budget": "third"}))
+    check_config(make_config(**{"plan.budget": "time:0.5", "profile.enabled": True}))
+    with pytest.raises(ConfigError, match=r"'time:0.5' needs measured times: set config.profile.enabled="):
+        check_config(make_config(**{"plan.budget": "time:0.5", "profile.enabled": False}))
 
 
 def test_a_pattern_that_matches_nothing_is_a_one_line_error():
