@@ -2,19 +2,17 @@
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
 from cuttlefish_jax import nnx as _nnx  # noqa: F401 (the same for NNX)
-from cuttlefish_jax.budgets import Budget, BudgetUse, FLOPs, Parameters, Time
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
 from cuttlefish_jax.flops import count_flops
-from cuttlefish_jax.kernel_profile import KernelProfile
 from cuttlefish_jax.kernels import Kernel, KernelAxes, Kernels, find_kernels
 from cuttlefish_jax.layer_types import LayerType, register_layer
-from cuttlefish_jax.measured import Measured
-from cuttlefish_jax.plan import FactorizationPlan
-from cuttlefish_jax.planning import make_plan
-from cuttlefish_jax.profiling import profile_kernels
-from cuttlefish_jax.rank_rules import (
+from cuttlefish_jax.plan.budgets import Budget, BudgetUse, FLOPs, Parameters, Time
+from cuttlefish_jax.plan.measured import Measured
+from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.planning import make_plan
+from cuttlefish_jax.plan.rank_rules import (
     AccumulativeRank,
     EnergyRank,
     LargestOf,
@@ -24,7 +22,9 @@ from cuttlefish_jax.rank_rules import (
     StableRank,
     gaussian_scale,
 )
-from cuttlefish_jax.rules import Rule, tile_size
+from cuttlefish_jax.plan.rules import Rule, tile_size
+from cuttlefish_jax.profiling.kernel_profile import KernelProfile
+from cuttlefish_jax.profiling.timing import profile_kernels
 from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
 from cuttlefish_jax.switch import carry_opt_state, switch
 from cuttlefish_jax.tracker import RankTracker

@@ -12,7 +12,7 @@ import optax
 from cuttlefish_jax.factorize import factor_matrices
 from cuttlefish_jax.kernels import reboxed, subtree, unboxed
 from cuttlefish_jax.params import unwrap
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -23,9 +23,9 @@ _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.GradientTransformation:
     r"""Adds the gradient of :math:`\frac{c}{2} \sum_{layers} \|U V\|_F^2` to the updates of the factors.
 
-    :math:`g_U \mathrel{+}= c\, U (V V^T)` and :math:`g_V \mathrel{+}= c\, (U^T U) V`, through the ``r x r``
-    Gram matrices: the ``m x n`` product is never made. It takes the place of weight decay on the factors,
-    and, as L2 does, stands before momentum in the chain; all other parameters pass unchanged.
+    :math:`g_U \leftarrow g_U + c\, U (V V^T)` and :math:`g_V \leftarrow g_V + c\, (U^T U) V`, through the
+    ``r x r`` Gram matrices: the ``m x n`` product is never made. It takes the place of weight decay on the
+    factors, and, as L2 does, stands before momentum in the chain; all other parameters pass unchanged.
 
     Args:
       coefficient: :math:`c >= 0`.

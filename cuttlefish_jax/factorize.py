@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, is_box, kernel_matrix, reboxed, subtree, unboxed
 from cuttlefish_jax.matrices import map_matrices
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

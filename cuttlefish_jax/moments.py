@@ -20,7 +20,7 @@ from optax import MaskedNode
 from cuttlefish_jax.factorize import factor_matrices, shape_factors, split_layers
 from cuttlefish_jax.kernels import subtree, unboxed
 from cuttlefish_jax.matrices import map_matrices
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 Params = Mapping[str, Any]
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

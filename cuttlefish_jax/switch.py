@@ -17,7 +17,7 @@ from optax import MaskedNode
 from cuttlefish_jax import moments
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
 from cuttlefish_jax.kernels import subtree, unboxed
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 # What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
 _PROJECTIONS = {

@@ -10,7 +10,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.command.plans import Spectra
 from cuttlefish_jax.command.torch_names import NOTE
 from cuttlefish_jax.command.tree_kernels import HEURISTICS
-from cuttlefish_jax.plan_report import budget_line
+from cuttlefish_jax.plan.report import budget_line
 from cuttlefish_jax.text_table import align
 
 _HEADER = (

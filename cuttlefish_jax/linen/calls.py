@@ -12,7 +12,7 @@ from cuttlefish_jax.flops import mark
 from cuttlefish_jax.kernels import Kernels
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.tracing import trace
-from cuttlefish_jax.profiling import LayerCall, as_function, count_calls, layer_calls
+from cuttlefish_jax.profiling.timing import LayerCall, as_function, count_calls, layer_calls
 
 # One for all layers: how its params were drawn does not make a layer another one.
 _KERNEL_INIT, _BIAS_INIT = nn.initializers.lecun_normal(), nn.initializers.zeros_init()

@@ -18,7 +18,7 @@ from cuttlefish_jax.kernels import check_kernel
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.factors import attend, call_factors, make_factors
 from cuttlefish_jax.linen.tracing import FLAG, Unique, unbound
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 
 @dataclasses.dataclass(frozen=True)

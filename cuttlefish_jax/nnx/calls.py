@@ -11,7 +11,7 @@ from flax import nnx
 from cuttlefish_jax.flops import mark
 from cuttlefish_jax.kernels import Kernels
 from cuttlefish_jax.nnx.find import Observer, shapes_of, trace
-from cuttlefish_jax.profiling import LayerCall, as_function, count_calls, layer_calls
+from cuttlefish_jax.profiling.timing import LayerCall, as_function, count_calls, layer_calls
 
 
 @layer_calls.register

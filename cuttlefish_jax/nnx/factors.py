@@ -14,7 +14,7 @@ from cuttlefish_jax.kernels import Kernel, subtree
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.nnx.find import is_setting, join
 from cuttlefish_jax.nnx.params import from_boxes, is_abstract, run, to_boxes
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 
 class Factorized(nnx.Module):

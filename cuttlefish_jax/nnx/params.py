@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cuttlefish_jax.factorize import factorize_params, merge_params
 from cuttlefish_jax.params import unwrap
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 
 # Where a Variable's metadata has the names of its axes.
 _NAMES = "out_sharding"

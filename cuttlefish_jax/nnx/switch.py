@@ -13,7 +13,7 @@ from flax import nnx
 from cuttlefish_jax.factorize import factorize
 from cuttlefish_jax.moments import project_average
 from cuttlefish_jax.nnx.params import check_values, to_dict
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.switch import carry_opt_state, switch
 
 

@@ -14,7 +14,7 @@ from flax.core import meta
 
 from cuttlefish_jax.files import replace_file
 from cuttlefish_jax.models.pretrained.source import open_checkpoint
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.serving.nnx_weights import weights_of
 
 # In the metadata: the document of FactorizationPlan.to_json.

@@ -14,7 +14,7 @@ from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.training.errors import ConfigError, check_setting
 
 if TYPE_CHECKING:
-    from cuttlefish_jax.plan import FactorizationPlan
+    from cuttlefish_jax.plan.plan import FactorizationPlan
 
 # A part of an ml_collections.ConfigDict, of whose values a type checker knows nothing.
 Settings = Any

@@ -5,7 +5,7 @@ import json
 import pytest
 from host_tools import run_on_two_hosts
 
-from cuttlefish_jax.kernel_profile import KernelProfile
+from cuttlefish_jax.profiling.kernel_profile import KernelProfile
 
 _RUN = """
     import json, sys

@@ -1,0 +1,1 @@
+"""How much faster a model gets, measured on the device: `timing` makes a `kernel_profile`, by `stacks`."""
