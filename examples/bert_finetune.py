@@ -56,11 +56,7 @@ SENTENCES = {
     """,
 }
 LENGTH, BATCH = 16, 12
-PLAN = dict(
-    rank_rule=cf.AccumulativeRank(0.8),
-    budget=cf.Parameters(0.8),
-    rules=[cf.Rule("pooler", keep=True)],
-)
+PLAN = dict(rank_rule=cf.AccumulativeRank(0.8), budget=cf.Parameters(0.8))  # (cf)
 
 
 def pretrained_folder() -> Path:
