@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from cuttlefish_jax.factorize import factorize_params
 from cuttlefish_jax.kernels import find_kernels
-from cuttlefish_jax.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.switch import carry_opt_state
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.errors import ConfigError
