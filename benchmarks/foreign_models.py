@@ -1,5 +1,7 @@
 """Networks that other people wrote and published as packages: small to test with, or of their usual size.
 
+Where a package names no sizes (nanodl), it is 12 layers of width 768.
+
 Those of the extra `foreign` install beside any jax that this package supports. The others ask for more than
 their networks need (image augmentation, an older safetensors); `pip install --no-deps` gets them without:
 
