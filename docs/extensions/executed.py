@@ -8,7 +8,7 @@
 
 The code of one session, which is the page's own unless it is named, runs in one namespace, in the order of
 the page. An exception fails the build. In ``console`` blocks the lines that begin with ``$`` run in a shell,
-in a folder that the session has to itself; it is ``FOLDER`` in Python.
+in a folder that the page has to itself; it is ``FOLDER`` in Python.
 
 Options:
   session: the namespace; the page's default one if there is none.
@@ -40,7 +40,7 @@ from sphinx.util.docutils import SphinxDirective
 _ROOT = Path(__file__).parents[2]
 _log = logging.getLogger(__name__)
 _namespaces: dict[tuple[str, str], dict[str, Any]] = {}
-_folders: dict[tuple[str, str], tempfile.TemporaryDirectory] = {}
+_folders: dict[str, tempfile.TemporaryDirectory] = {}
 
 
 class Executed(SphinxDirective):
@@ -68,7 +68,7 @@ class Executed(SphinxDirective):
         session = (self.env.docname, self.options.get("session", ""))
         try:
             if language == "console":
-                return [_literal(_run_commands(code, session), "console")]
+                return [_literal(_run_commands(code, self.env.docname), "console")]
             picture = self._picture()
             # As many lines before the code as the page has, so that a traceback tells the page's lines.
             output = _run_python("\n" * (self.content_offset if line else 0) + code, source, session, picture)
@@ -105,7 +105,7 @@ def _literal(text: str, language: str) -> nodes.literal_block:
 
 def _run_python(code: str, source: str, session: tuple[str, str], picture: Path | None) -> str:
     namespace = _namespaces.setdefault(session, {"__name__": "__main__"})
-    namespace |= {"PICTURE": picture, "FOLDER": _folder(session)}
+    namespace |= {"PICTURE": picture, "FOLDER": _folder(session[0])}
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -119,13 +119,13 @@ def _run_python(code: str, source: str, session: tuple[str, str], picture: Path 
     return output.getvalue()
 
 
-def _folder(session: tuple[str, str]) -> Path:
-    if session not in _folders:
-        _folders[session] = tempfile.TemporaryDirectory(prefix="docs-")
-    return Path(_folders[session].name)
+def _folder(page: str) -> Path:
+    if page not in _folders:
+        _folders[page] = tempfile.TemporaryDirectory(prefix="docs-")
+    return Path(_folders[page].name)
 
 
-def _run_commands(text: str, session: tuple[str, str]) -> str:
+def _run_commands(text: str, page: str) -> str:
     """The commands of a console block, each with what it prints; lines without ``$`` are left out."""
     scripts = Path(sys.executable).parent
     environment = os.environ | {
@@ -140,7 +140,7 @@ def _run_commands(text: str, session: tuple[str, str]) -> str:
         done = subprocess.run(
             line[2:],
             shell=True,
-            cwd=_folder(session),
+            cwd=_folder(page),
             env=environment,
             text=True,
             stdout=subprocess.PIPE,

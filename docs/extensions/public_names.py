@@ -1,4 +1,4 @@
-"""The build fails where a public name is missing from the reference, or one is there that is not public."""
+"""A public name that is missing from the reference is a warning, and so fails the build."""
 
 from __future__ import annotations
 
