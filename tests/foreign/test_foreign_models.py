@@ -29,7 +29,7 @@ from foreign_models import MODELS
 pytestmark = pytest.mark.filterwarnings("ignore")
 BY_NAME = {model.name: model for model in MODELS}
 # Compiling these takes long.
-SLOW = {"ResNet-18", "ResNeXt-50", "MLP-Mixer", "GPT-3", "diffusion U-Net"}
+LARGE = {"ResNet-18", "ResNeXt-50", "MLP-Mixer", "GPT-3", "diffusion U-Net"}
 
 # Shares of the parameters and of the forward FLOPs in kernels, and the reasons why other layers are skipped.
 COVERED = {
@@ -109,7 +109,7 @@ def at_ratio(kernels, ratio):
     return cf.FactorizationPlan.from_ranks(kernels, ranks)
 
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COVERED]
+NAMES = [pytest.param(name, marks=pytest.mark.large if name in LARGE else ()) for name in COVERED]
 
 
 @functools.cache

@@ -25,7 +25,7 @@ SMALL = {
 }
 CONVOLUTIONAL = {"model.width": 8}
 RESIDUAL = CONVOLUTIONAL | {"model.stage_sizes": (1, 1, 1, 1)}
-PATCHES = {"model.width": 32, "model.depth": 2, "model.patch": 8}
+PATCHES = {"model.width": 32, "model.depth": 1, "model.patch": 8}
 NETWORKS = {
     "resnet18": RESIDUAL,
     "vgg19": CONVOLUTIONAL,
