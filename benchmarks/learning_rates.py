@@ -2,12 +2,15 @@
 
     python benchmarks/learning_rates.py [--seeds 3] [--networks resnet18 deit_tiny resmlp_s12] [--json FILE]
     python benchmarks/learning_rates.py --networks bert_base --weights FOLDER [--data_dir FOLDER]
+    python benchmarks/learning_rates.py --networks deit_tiny resmlp_s12 --control
 
 Each way continues the same training (same seed, same switch, same ranks). ``continue`` lets the schedule go
 on; ``rewarmup`` is that of CIFAR in the original, ``restart`` that of ResNet-50, ``x 1/3`` that of DeiT and
 ``x 2`` that of BERT. The networks are small ones on scikit-learn's digits, with few examples and ranks at a
 quarter, so that there is something to lose: what counts is the test loss. BERT is fine-tuned on sentences of
-SST-2, from weights and a tokenizer in --weights, which no package of the project has.
+SST-2, from weights and a tokenizer in --weights, which no package of the project has. With --control one
+layer alone is factorized, at three quarters of its rank: what the ways do to training that is as good as
+full-rank.
 """
 
 from __future__ import annotations
@@ -64,6 +67,10 @@ TEXTS = {
     "switch.learning_rate_factor": 1.0,
     "profile.enabled": False,
 }
+CONTROL = {
+    "deit_tiny": ("block[2-4]/*", "block1/attention/*", "block1/mlp/fc2"),
+    "resmlp_s12": ("block[2-4]/*", "block1/token_mixing", "block1/mlp/fc2"),
+}
 # The peaks are the best ones of full-rank training, among 3, 1, 0.3 ... times the recipe's.
 NETWORKS = {
     "resnet18": (lambda: quickstart.get_config(), DIGITS | {"model.width": 32, "plan.keep": ()}),
@@ -76,12 +83,14 @@ NETWORKS = {
 }
 
 
-def train(network: str, way: str, seed: int, places: dict[str, str]) -> dict[str, Any]:
+def train(network: str, way: str, seed: int, places: dict[str, str], control: bool) -> dict[str, Any]:
     """The summary and the last line of the metrics of one run; ``places`` are settings that name files."""
     make, settings = NETWORKS[network]
     config = make()
     if network == "bert_base":
         settings = settings | places
+    if control:
+        settings = settings | {"plan.keep": CONTROL[network], "plan.rank_ratio": 0.75}
     config.update_from_flattened_dict(settings | WAYS[way] | {"model.name": network, "seed": seed})
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         summary = run(config, Path(workdir) / "run")
@@ -94,6 +103,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:-1], choices=list(NETWORKS))
+    parser.add_argument("--control", action="store_true", help="with one layer factorized: see above")
     parser.add_argument("--weights", help="a folder with pre-trained weights of the BERT family")
     parser.add_argument("--data_dir", default="", help="where the prepared GLUE is")
     parser.add_argument("--seeds", type=int, default=3)
@@ -103,12 +113,14 @@ if __name__ == "__main__":
         parser.error("bert_base needs --weights FOLDER")
     weights = dict.fromkeys(("model.pretrained", "model.config_file"), arguments.weights)
     places = weights | {"data.data_dir": arguments.data_dir}
+    if arguments.control and not set(arguments.networks) <= set(CONTROL):
+        parser.error(f"--control is of {' and '.join(CONTROL)} alone")
     rows = []
     for network in arguments.networks:
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for seed in range(arguments.seeds):
             for way, found in runs.items():
-                found.append(train(network, way, seed, places))
+                found.append(train(network, way, seed, places, arguments.control))
         for way, found in runs.items():
             losses = [summary["test_loss"] for summary in found]
             rows.append(
