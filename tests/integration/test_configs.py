@@ -24,13 +24,14 @@ SMALL = {
     "plan.rank_rule": "rank_ratio",
 }
 CONVOLUTIONAL = {"model.width": 8}
-RESIDUAL = CONVOLUTIONAL | {"model.stage_sizes": (1, 1, 1, 1)}
+RESIDUAL = CONVOLUTIONAL | {"model.stage_sizes": (1, 1)}
+BOTTLENECKS = CONVOLUTIONAL | {"model.stage_sizes": (1, 1, 1, 1)}  # the recipe's patterns name stage 4
 PATCHES = {"model.width": 32, "model.depth": 1, "model.patch": 8}
 NETWORKS = {
     "resnet18": RESIDUAL,
     "vgg19": CONVOLUTIONAL,
-    "resnet50": RESIDUAL,
-    "wide_resnet50_2": RESIDUAL,
+    "resnet50": BOTTLENECKS,
+    "wide_resnet50_2": BOTTLENECKS,
     "deit_base": PATCHES | {"model.heads": 2},
     "resmlp_s36": PATCHES,
 }
