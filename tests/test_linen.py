@@ -173,7 +173,10 @@ def test_gradients_are_those_of_the_product_by_the_chain_rule(name):
         chex.assert_trees_all_close(actual["v"], subtree(gradient, path), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv_2d", "setup_shared"])
+MAPPED = "dense conv_2d general transposed einsum attention setup_shared nested remat scan vmap".split()
+
+
+@pytest.mark.parametrize("name", MAPPED)
 def test_pmap_over_eight_devices(name):
     model, (x,), variables, kernels = prepared(name)
     plan = plan_at(kernels, 0.5)
