@@ -173,7 +173,10 @@ def test_gradients_are_those_of_the_product_by_the_chain_rule(name):
         chex.assert_trees_all_close(actual["v"], subtree(gradient, path), rtol=1e-4, atol=1e-5)
 
 
-MAPPED = "dense conv_2d general transposed einsum attention setup_shared nested remat scan vmap".split()
+MAPPED = [
+    "dense", "conv_2d", "general", "transposed", "einsum", "attention",
+    "setup_shared", "nested", "remat", "scan", "vmap",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MAPPED)
