@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         if checkpoint.plan is not None:
             model = cf.factorize(model, checkpoint.plan)
         program = export(model, checkpoint.variables, *network.inputs, platforms=platforms, train=False)
-    with storage_errors(out):
+    with storage_errors(out, option="--out"):
         replace_file(out, program)
     shapes = ", ".join(f"{x.dtype}[{', '.join(['batch', *map(str, x.shape[1:])])}]" for x in network.inputs)
     print(

@@ -72,6 +72,6 @@ def _output(args: argparse.Namespace) -> Path:
 
 
 def _save(out: Path, variables: dict, plan: cf.FactorizationPlan | None) -> None:
-    with mendable(), storage_errors(out):
+    with mendable(), storage_errors(out, option="--out"):
         save_safetensors(out, variables, plan)
     print(f"\nwritten to {out}")

@@ -66,7 +66,7 @@ def plot_singular_values(
     _draw_legend(figure, has_ranks=bool(ranks))
     png = io.BytesIO()
     canvas.print_png(png)
-    with storage_errors(file):
+    with storage_errors(file, option="--picture"):
         replace_file(Path(file), png.getvalue())
 
 

@@ -54,7 +54,7 @@ _NOT_A_DIRECTORY = (errno.ENOTDIR, errno.EEXIST)
 
 
 @contextlib.contextmanager
-def storage_errors(path: str | Path, *, action: str = "write") -> Iterator[None]:
+def storage_errors(path: str | Path, *, action: str = "write", option: str = "--workdir") -> Iterator[None]:
     """Turns a full disk and missing permissions into a :class:`StorageError` that names ``path``.
 
     Libraries written in C++ report these as text in an exception of another type, and asynchronous ones as
@@ -63,6 +63,7 @@ def storage_errors(path: str | Path, *, action: str = "write") -> Iterator[None]
     Args:
       path: what is being written or read.
       action: what is being done to it, for the message.
+      option: what the user can give to have it elsewhere.
 
     Raises:
       StorageError: in place of the errors described above, which become its cause.
@@ -72,24 +73,24 @@ def storage_errors(path: str | Path, *, action: str = "write") -> Iterator[None]
     except UserError:
         raise
     except Exception as error:
-        advice = _advice(error, Path(path))
+        advice = _advice(error, Path(path), option)
         if advice is None:
             raise
         raise StorageError(f"cannot {action} {path}: {advice}") from error
 
 
-def _advice(error: BaseException, path: Path) -> str | None:
+def _advice(error: BaseException, path: Path, option: str) -> str | None:
     """What went wrong and what to do about it; None if it is not about storage."""
     chain = _chain(error)
     if _any_of(chain, _FULL):
         return (
-            f"no space left on the disk ({_free_space(path)} free). Free some, or give a --workdir on "
+            f"no space left on the disk ({_free_space(path)} free). Free some, or give a {option} on "
             "another disk; what was saved before is whole, and the same command goes on from there"
         )
     if _any_of(chain, _FORBIDDEN):
-        return "permission denied. Change the permissions, or give another --workdir"
+        return f"permission denied. Change the permissions, or give another {option}"
     if _any_of(chain, _NOT_A_DIRECTORY):
-        return "a part of this path is a file, not a directory. Give another --workdir"
+        return f"a part of this path is a file, not a directory. Give another {option}"
     return None
 
 

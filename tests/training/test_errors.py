@@ -56,3 +56,9 @@ def test_other_errors_pass_unchanged(error):
 def test_a_user_error_keeps_its_own_words():
     with pytest.raises(ConfigError, match=r"^mine: No space left on device$"), storage_errors("/tmp"):
         raise ConfigError("mine: No space left on device")
+
+
+def test_the_way_out_is_an_option_of_the_program_at_hand(tmp_path):
+    with pytest.raises(StorageError, match=r"Change the permissions, or give another --out$"):
+        with storage_errors(tmp_path, option="--out"):
+            raise PermissionError(errno.EACCES, "no")
