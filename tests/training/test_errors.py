@@ -59,6 +59,6 @@ def test_a_user_error_keeps_its_own_words():
 
 
 def test_the_way_out_is_an_option_of_the_program_at_hand(tmp_path):
-    with pytest.raises(StorageError, match=r"Change the permissions, or give another --out$"):
-        with storage_errors(tmp_path, option="--out"):
-            raise PermissionError(errno.EACCES, "no")
+    message = r"Change the permissions, or give another --out$"
+    with pytest.raises(StorageError, match=message), storage_errors(tmp_path, option="--out"):
+        raise PermissionError(errno.EACCES, "no")
