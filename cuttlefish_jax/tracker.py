@@ -97,6 +97,36 @@ class RankTracker:
         """First epoch, counted from 0, to be trained low-rank; ``None`` until all layers have converged."""
         return max(self.converged_at.values()) + self.criterion.delay if self.converged else None
 
+    def converges_within(self, measurements: int) -> bool:
+        """Whether all layers converge within so many more measurements if the ranks stay as they are.
+
+        For what has to be made ready before the switch. It depends on the history alone, so a tracker made by
+        :meth:`from_state` says the same. It is a forecast and not a promise: noise can bring a verdict
+        earlier, or later.
+
+        Args:
+          measurements: 0 or more; with 0 it is :attr:`converged`.
+
+        Raises:
+          ValueError: if ``measurements`` is negative.
+
+        Example:
+          >>> from cuttlefish_jax.criteria import AtEpoch
+          >>> from cuttlefish_jax.tracker import RankTracker
+          >>> tracker = RankTracker(criterion=AtEpoch(7))
+          >>> for epochs_trained in range(6):
+          ...     converged = tracker.update({"stage2/conv1": 30.0})
+          >>> tracker.converges_within(1), tracker.converges_within(2)
+          (False, True)
+        """
+        if measurements < 0:
+            raise ValueError(f"the number of measurements must not be negative, got {measurements}")
+        if not self.history or self.converged:
+            return self.converged
+        ahead = self.from_state(self.criterion, self.to_state())
+        last = {path: measured[-1] for path, measured in self.history.items()}
+        return any(ahead.update(last) for _ in range(measurements))
+
     def to_state(self) -> dict[str, Any]:
         """Everything :meth:`from_state` needs, in JSON types (the criterion by its name and fields)."""
         return {
