@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,8 +87,21 @@ def report(
     for note in notes:
         print(f"\n{note}")
     if json_file:
-        contents = {"environment": where, "rows": list(rows), "notes": list(notes)}
+        contents = {"command": _command(), "environment": where, "rows": list(rows), "notes": list(notes)}
         Path(json_file).write_text(json.dumps(contents, indent=1) + "\n")
+
+
+def _command() -> str:
+    """How to run this again: the command line, but for where it writes."""
+    script, *arguments = sys.argv
+    words = ["python", f"benchmarks/{Path(script).name}"]
+    kept = iter(arguments)
+    for word in kept:
+        if word == "--json":
+            next(kept, None)
+        elif not word.startswith("--json="):
+            words.append(word)
+    return shlex.join(words)
 
 
 def _show(value: Any) -> str:
