@@ -23,6 +23,7 @@ from cuttlefish_jax.plan.rank_rules import (
     gaussian_scale,
 )
 from cuttlefish_jax.plan.rules import Rule, tile_size
+from cuttlefish_jax.precondition import precondition_factors
 from cuttlefish_jax.profiling.kernel_profile import KernelProfile
 from cuttlefish_jax.profiling.timing import profile_kernels
 from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
@@ -69,6 +70,7 @@ __all__ = [
     "gaussian_scale",
     "make_plan",
     "merge_params",
+    "precondition_factors",
     "profile_kernels",
     "register_layer",
     "singular_values",

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cuttlefish_jax.factorize import factor_matrices
-from cuttlefish_jax.kernels import reboxed, subtree, unboxed
-from cuttlefish_jax.params import unwrap
+from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
+
+    from cuttlefish_jax.factor_updates import Pairs
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -53,28 +53,20 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and Frobenius decay exclude each other: turn one of them off")
 
-    def update(updates: Any, params: Any = None) -> Any:
-        if params is None:
-            raise ValueError("frobenius_decay needs params: call tx.update(updates, state, params)")
-        params, (updates, rewrap) = unwrap(params)[0], unwrap(updates)
-        for path, factors in factor_matrices(params, plan).items():
-            kernels = plan.kernels[path].factors(plan.ranks[path])
-            for kernel, gradient in zip(kernels, _gradients(*factors), strict=True):
-                box = subtree(updates, kernel.path)[kernel.param]
-                old = unboxed(box)
-                new = old + coefficient * kernel.from_matrix(gradient).astype(old.dtype)
-                updates = _with_kernel(updates, [*kernel.path.split("/"), kernel.param], reboxed(box, new))
-        return rewrap(updates)
+    def add(factors: Pairs, updates: Pairs) -> Pairs:
+        added = {}
+        for path, pair in factors.items():
+            (old_u, old_v), (new_u, new_v) = updates[path], _gradients(*pair)
+            added[path] = (
+                old_u + coefficient * new_u.astype(old_u.dtype),
+                old_v + coefficient * new_v.astype(old_v.dtype),
+            )
+        return added
 
-    return optax.stateless(update)
+    return transform_factors("frobenius_decay", plan, add)
 
 
 def _gradients(
     u: Float[Array, "*stack m r"], v: Float[Array, "*stack r n"]
 ) -> tuple[Float[Array, "*stack m r"], Float[Array, "*stack r n"]]:
     return _matmul(u, _matmul(v, v.mT)), _matmul(_matmul(u.mT, u), v)
-
-
-def _with_kernel(tree: Any, keys: list[str], value: Any) -> Any:
-    key, *inner = keys
-    return {**tree, key: _with_kernel(tree[key], inner, value) if inner else value}

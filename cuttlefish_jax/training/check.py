@@ -64,8 +64,9 @@ def check_config(config: Config) -> None:
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
     at_least_0 = (
-        "seed switch.epoch profile.min_speedup profile.min_layer_speedup data.train_examples "
-        "data.validation_examples data.workers data.crop_padding data.color_jitter data.mixup data.cutmix"
+        "seed switch.epoch switch.recalibration_batches profile.min_speedup profile.min_layer_speedup "
+        "data.train_examples data.validation_examples data.workers data.crop_padding data.color_jitter "
+        "data.mixup data.cutmix"
     )
     for key in at_least_0.split():
         _check_number(config, key, lambda value: value >= 0, "0 or more")
@@ -81,6 +82,11 @@ def check_config(config: Config) -> None:
     for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path"):
         _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
     _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
+    if config.plan.extra_batch_norm and config.optimizer.precondition:
+        raise ConfigError(
+            "config.plan.extra_batch_norm and config.optimizer.precondition exclude each other: set one of them "
+            "to False or 0"
+        )
     if config.plan.extra_batch_norm and make_method(config).frobenius_decay:
         raise ConfigError(
             "config.plan.extra_batch_norm and Frobenius decay (config.optimizer.frobenius_decay, or that of "

@@ -86,6 +86,7 @@ def default_config() -> Config:
             b2=0.999,
             weight_decay=1e-4,  # kernels only; coupled (L2) with sgd, decoupled with adamw
             frobenius_decay=0.0,  # on the products of factors, in place of their weight decay
+            precondition=False,  # steps of the factors that are those of their product
             clip_norm=0.0,  # global norm of the gradient
             ema=0.0,  # decay of the moving average of the parameters, evaluated in their place
             freeze=(),  # patterns of layers whose kernels are not trained
@@ -111,6 +112,7 @@ def default_config() -> Config:
             epoch=0,  # "at_epoch": the first low-rank epoch
             deadline=0.7,  # share of the run by which the ranks should have converged
             if_never="switch",  # then (with a warning): switch at the ranks of that day, or stay full_rank
+            recalibration_batches=0,  # that batch statistics are estimated on anew; 0: they adapt in training
             optimizer="carry",  # its state goes into factor space; or reset
             learning_rate="continue",  # the schedule goes on; or rewarmup, restart
             learning_rate_factor=1.0,  # on all learning rates after the switch

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.decay import frobenius_decay
+from cuttlefish_jax.precondition import precondition_factors
 from cuttlefish_jax.training.errors import ConfigError, check_setting
 
 if TYPE_CHECKING:
@@ -28,14 +29,16 @@ def make_optimizer(
     SGD adds L2 to the gradient before the momentum and multiplies by the learning rate after it; AdamW
     decays weights beside the adapted gradient. Kernels and embeddings decay, norm scales, biases and tokens
     never do. In the low-rank phase, with ``frobenius_decay``, the factors have the decay of their products
-    in place of their own. Kernels of ``freeze`` are left as they are: they have no optimizer state, and do
-    not count in the norm that gradients are clipped by.
+    in place of their own. With ``precondition`` the steps of the factors are those of their product
+    (:func:`cuttlefish_jax.precondition_factors`), and the weight decay of SGD is that of the product, too.
+    Kernels of ``freeze`` are left as they are: they have no optimizer state, and do not count in the norm
+    that gradients are clipped by.
 
     The structure of the state is the same with and without ``plan``, so it can be carried over a switch.
 
     Args:
       config: ``name``, ``momentum``, ``nesterov``, ``b1``, ``b2``, ``weight_decay``, ``frobenius_decay``,
-        ``clip_norm``, ``freeze``.
+        ``precondition``, ``clip_norm``, ``freeze``.
       schedule: the learning rate; it counts the updates since the state's own ``init``.
       plan: what is factorized; None in the full-rank phase.
 
@@ -85,19 +88,26 @@ def _chain(
     config: Settings, schedule: optax.Schedule, plan: FactorizationPlan | None
 ) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    is_sgd = config.name == "sgd"
     factors: frozenset[str] = frozenset()
-    frobenius = optax.identity()
-    if plan is not None and config.frobenius_decay:
+    frobenius = precondition = optax.identity()
+    coefficient = config.frobenius_decay
+    if config.precondition and is_sgd:
+        # L2 decay of the factors, preconditioned, would be a decay of the singular values' sum.
+        coefficient = coefficient or config.weight_decay
+    if plan is not None and coefficient:
         # The path of a model that is one layer is empty.
         factors = frozenset(f"{path}/{factor}/kernel".lstrip("/") for path in plan.ranks for factor in "uv")
-        frobenius = frobenius_decay(config.frobenius_decay, plan)
+        frobenius = frobenius_decay(coefficient, plan)
+    if plan is not None and config.precondition:
+        precondition = precondition_factors(plan, normalized=not is_sgd)
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: _decayed(params, factors))
     learning_rate = optax.scale_by_learning_rate(schedule)
-    if config.name == "sgd":
+    if is_sgd:
         momentum = optax.trace(config.momentum, nesterov=config.nesterov)
-        return optax.chain(clip, decay, frobenius, momentum, learning_rate)
+        return optax.chain(clip, decay, frobenius, momentum, precondition, learning_rate)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2)
-    return optax.chain(clip, adam, decay, frobenius, learning_rate)
+    return optax.chain(clip, adam, precondition, decay, frobenius, learning_rate)
 
 
 def _decayed(params: Any, factors: frozenset[str]) -> Any:

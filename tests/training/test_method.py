@@ -237,6 +237,7 @@ NAN = float("nan")
         ("pufferfish.switch_share", [-0.1, 1.0], r"in \[0, 1\)"),
         ("model.drop_path", [-0.1, 1.0], r"in \[0, 1\)"),
         ("switch.learning_rate_factor", [0.0, -1.0, NAN], "above 0"),
+        ("switch.recalibration_batches", [-1], "0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line_errors(key, values, rule):
@@ -248,8 +249,11 @@ def test_settings_that_make_no_sense_are_one_line_errors(key, values, rule):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [{"optimizer.frobenius_decay": 1e-4}, {"method": "si_fd"}])
-def test_a_norm_between_the_factors_and_frobenius_decay_exclude_each_other(settings):
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer.frobenius_decay": 1e-4}, {"method": "si_fd"}, {"optimizer.precondition": True}],
+)
+def test_a_norm_between_the_factors_and_what_looks_at_their_product_exclude_each_other(settings):
     make_config(**{"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 0.0})
     with pytest.raises(ConfigError, match="exclude each other: set one of them to False or 0"):
         make_config(**{"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 0.0} | settings)
