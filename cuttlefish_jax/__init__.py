@@ -26,7 +26,13 @@ from cuttlefish_jax.plan.rules import Rule, tile_size
 from cuttlefish_jax.precondition import precondition_factors
 from cuttlefish_jax.profiling.kernel_profile import KernelProfile
 from cuttlefish_jax.profiling.timing import profile_kernels
-from cuttlefish_jax.spectra import accumulative_ranks, singular_values, stable_ranks
+from cuttlefish_jax.spectra import (
+    accumulative_ranks,
+    initial_vectors,
+    singular_values,
+    stable_ranks,
+    warm_stable_ranks,
+)
 from cuttlefish_jax.switch import carry_opt_state, switch
 from cuttlefish_jax.tracker import RankTracker
 
@@ -68,6 +74,7 @@ __all__ = [
     "find_kernels",
     "frobenius_decay",
     "gaussian_scale",
+    "initial_vectors",
     "make_plan",
     "merge_params",
     "precondition_factors",
@@ -77,4 +84,5 @@ __all__ = [
     "stable_ranks",
     "switch",
     "tile_size",
+    "warm_stable_ranks",
 ]

@@ -1,0 +1,307 @@
+r"""The largest eigenvalue of the Gram matrix of every kernel, by LOBPCG from a warm start.
+
+A block of a few vectors per matrix is improved until its largest Ritz value is good enough: each round adds
+the residuals of the block and its last change, and takes the best block in what they span (Knyazev's method,
+without a preconditioner). A round reads the weights twice. More vectors in the block cost no pass more, and
+save rounds: four are as near to the end of a Gaussian's spectrum after 12 rounds as one after 32 steps of
+Lanczos; and when singular vectors cross from one epoch to the next, the new first one is in the block.
+
+The arithmetic on the weights is two products per kernel in its own layout: nothing is reshaped or stacked,
+which would copy the weights, and gather those of sharded kernels. All that is small is batched, over the
+matrices of one size or over all of them.
+
+References:
+  Knyazev, `Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block Preconditioned Conjugate
+  Gradient Method <https://doi.org/10.1137/S1064827500366124>`_, SIAM J. Sci. Comput. 23(2), 2001.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cuttlefish_jax.kernels import Kernel
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+    Stack = Float[Array, "*stack"]
+    Vectors = Float[Array, "*stack b size"]
+    Rows = Float[Array, "matrices b size"]
+    Numbers = Float[Array, " matrices"]
+
+# Vectors in a block.
+BLOCK = 4
+# A matrix is done when the relative error of its eigenvalue is below this by the Kato-Temple bound; errors
+# measured in training are about a tenth of it (benchmarks/rank_estimation.py).
+TOLERANCE = 1e-2
+MAX_ROUNDS = 20
+# How much of every vector but the first is new at the next start: what none of them has must get in.
+_FRESH = 0.01
+# A direction of which all but this share (squared) is in the others is left out: it would be mostly rounding.
+_INDEPENDENT = 1e-3
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def start_block(size: int) -> np.ndarray:
+    """Unit vectors ``f32[BLOCK, size]``; random, so that they are orthogonal to no one's singular vectors."""
+    vectors = np.random.default_rng(0).standard_normal((BLOCK, size))
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def leading_eigenvalues(
+    arrays: Sequence[Array], kernels: Sequence[Kernel], vectors: Sequence[Vectors]
+) -> tuple[list[Stack], list[Stack], list[Vectors]]:
+    """The largest eigenvalue of the Gram matrix of every kernel, from below, and its trace.
+
+    Args:
+      arrays: the kernels' parameters, float32, in their own layout.
+      kernels: what their axes are.
+      vectors: to start from, for each kernel; any but zeros.
+
+    Returns:
+      For each kernel the eigenvalue and the trace, in a unit of its own (the trace is 0 for a matrix of
+      zeros, and NaN for one that is not finite), and the vectors to start from next time.
+    """
+    sizes = _Sizes(kernels)
+    blocks = [_unit_rows(x)[0] for x in sizes.group(vectors)]
+    starts = sizes.ungroup(blocks)
+    grams = [_Gram(*each) for each in zip(arrays, kernels, starts, strict=True)]
+    products = sizes.group([gram @ x for gram, x in zip(grams, starts, strict=True)])
+    blocks = _best_blocks(list(zip(blocks, products, strict=True)))
+
+    def next_round(carry: tuple[Array, list[_Block]]) -> tuple[Array, list[_Block]]:
+        number, blocks = carry
+        active = sizes.ungroup([block.error > TOLERANCE for block in blocks])
+        residuals = sizes.ungroup([block.residuals for block in blocks])
+        products = [  # a kernel that is done is not read again
+            jax.lax.cond(jnp.any(go_on), gram.__matmul__, jnp.zeros_like, r)
+            for gram, r, go_on in zip(grams, residuals, active, strict=True)
+        ]
+        spaces = [
+            (
+                jnp.concatenate([block.x, block.residuals, block.change], 1),
+                jnp.concatenate([block.ax, product, block.a_change], 1),
+            )
+            for block, product in zip(blocks, sizes.group(products), strict=True)
+        ]
+        return number + 1, [
+            jax.tree.map(functools.partial(_where, old.error > TOLERANCE), new, old)
+            for new, old in zip(_best_blocks(spaces), blocks, strict=True)
+        ]
+
+    def goes_on(carry: tuple[Array, list[_Block]]) -> Bool[Array, ""]:
+        number, blocks = carry
+        errors = jnp.concatenate([block.error for block in blocks])
+        return (number < MAX_ROUNDS) & jnp.any(errors > TOLERANCE)
+
+    _, blocks = jax.lax.while_loop(goes_on, next_round, (jnp.zeros((), jnp.int32), blocks))
+    eigenvalues = sizes.ungroup([block.eigenvalue for block in blocks])
+    return eigenvalues, [gram.trace() for gram in grams], sizes.ungroup([b.next_start() for b in blocks])
+
+
+class _Block(NamedTuple):
+    """The blocks of all matrices of one size.
+
+    Attributes:
+      x: the Ritz vectors, that of the largest value first: orthonormal, or zero.
+      ax: their products with the Gram matrix.
+      residuals: those of the Ritz vectors, at unit norm, or zero.
+      change: what the last round added to the Ritz vectors, at unit norm, or zero.
+      a_change: its products with the Gram matrix.
+      value: the largest Ritz value.
+      residual: the norm of its vector's residual.
+      error: a bound on its relative error.
+    """
+
+    x: Rows
+    ax: Rows
+    residuals: Rows
+    change: Rows
+    a_change: Rows
+    value: Numbers
+    residual: Numbers
+    error: Numbers
+
+    @property
+    def eigenvalue(self) -> Numbers:
+        """That of two Lanczos steps, if the second diagonal entry were 0, the least that it can be."""
+        half = self.value / 2
+        return half + jnp.sqrt(half**2 + self.residual**2)
+
+    def next_start(self) -> Rows:
+        """The Ritz vectors times the Gram matrix, with something new in all but the first."""
+        fresh = start_block(self.x.shape[-1])
+        value = self.value[:, None, None]
+        mixed = self.ax / jnp.where(value > 0, value, 1) + _FRESH * (np.arange(BLOCK) > 0)[:, None] * fresh
+        usable = (value > 0) & jnp.isfinite(mixed).all((1, 2), keepdims=True)
+        return jnp.where(usable, mixed, fresh)
+
+
+def _best_blocks(spaces: Sequence[tuple[Rows, Rows]]) -> list[_Block]:
+    """The best blocks in the spans of rows, given with the rows' products with the Gram matrix."""
+    grams = jnp.concatenate([_einsum("kis,kjs->kij", s, s) for s, _ in spaces])
+    forms = jnp.concatenate([_einsum("kis,kjs->kij", s, a_s) for s, a_s in spaces])
+    ends = np.cumsum([len(s) for s, _ in spaces])[:-1]
+    found = [jnp.split(part, ends) for part in _rayleigh_ritz(grams, forms)]
+    blocks = []
+    for (s, a_s), ritz, change, value, second in zip(spaces, *found, strict=True):
+        x, ax = _einsum("kis,kib->kbs", s, ritz), _einsum("kis,kib->kbs", a_s, ritz)
+        inside = _einsum("kbs,kcs->kbc", ax, x)
+        residuals, norms = _unit_rows(ax - _einsum("kbc,kcs->kbs", inside, x))
+        residual = norms[:, 0]
+        # Kato-Temple, with the second Ritz value in the place of the second eigenvalue.
+        gap = jnp.maximum(value - second, jnp.finfo(jnp.float32).tiny)
+        blocks.append(
+            _Block(
+                x=x,
+                ax=ax,
+                residuals=residuals,
+                change=_einsum("kis,kib->kbs", s, change),
+                a_change=_einsum("kis,kib->kbs", a_s, change),
+                value=value,
+                residual=residual,
+                error=residual / value * jnp.minimum(1, residual / gap),
+            )
+        )
+    return blocks
+
+
+def _rayleigh_ritz(
+    gram: Float[Array, "matrices i i"], form: Float[Array, "matrices i i"]
+) -> tuple[Float[Array, "matrices i b"], Float[Array, "matrices i b"], Numbers, Numbers]:
+    """Ritz vectors of the largest Ritz values, as coefficients.
+
+    Args:
+      gram: the scalar products of the vectors that span a space.
+      form: their scalar products with their own products.
+
+    Returns:
+      The Ritz vectors; their change against the first ``BLOCK`` vectors of the space; the two largest Ritz
+      values. All are zero where something is not finite.
+    """
+    finite = (jnp.isfinite(gram) & jnp.isfinite(form)).all((1, 2))
+    gram, form = (_where(finite, x, jnp.zeros_like(x)) for x in (gram, form))
+    # One batch of decompositions for the whole network: side by side they could wait for each other for ever
+    # (see matrices.py), and on a GPU each would take as long as all.
+    shares, basis = jnp.linalg.eigh(gram)
+    whiten = basis * jnp.where(shares > _INDEPENDENT, shares, jnp.inf)[:, None] ** -0.5
+    values, vectors = jnp.linalg.eigh(_einsum("kia,kij,kjb->kab", whiten, form, whiten))
+    ritz = _einsum("kia,kab->kib", whiten, vectors[..., : -BLOCK - 1 : -1])
+    # The part that is not of the first vectors, orthogonal to the Ritz vectors.
+    change = ritz.at[:, :BLOCK].set(0)
+    change -= _einsum("kia,kja,kjl,klb->kib", ritz, ritz, gram, change)
+    norms = jnp.sqrt(jnp.maximum(_einsum("kib,kij,kjb->kb", change, gram, change), 0))[:, None]
+    change = jnp.where(norms > _INDEPENDENT, change / norms, 0)
+    return ritz, change, values[:, -1], values[:, -2]
+
+
+class _Gram:
+    """The Gram matrix of the smaller side of a kernel's matrices, as an operator: it is never formed.
+
+    It is that of the matrix times ``scale``, at which no square overflows or vanishes.
+    """
+
+    def __init__(self, array: Array, kernel: Kernel, vectors: Vectors):
+        """The size of the products of the matrix with ``vectors`` gives the scale."""
+        self.array, self.stack = array, kernel.stack_axes
+        sides = sorted(kernel.reduction_axes), sorted(kernel.output_axes)
+        self.inner, self.outer = sides if kernel.m <= kernel.n else sides[::-1]
+        half = self._half(vectors)
+        largest = jnp.max(jnp.abs(half), range(len(self.stack), half.ndim))
+        scale = 1 / jnp.where(largest > 0, largest, 1)
+        self.scale = jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+
+    def trace(self) -> Stack:
+        """The sum of the squares of the entries."""
+        others = [a for a in range(self.array.ndim) if a not in self.stack]
+        order = [*self.stack, *others]
+        scale = jnp.expand_dims(self.scale, range(len(self.stack), self.array.ndim))
+        scale = jnp.transpose(scale, [order.index(a) for a in range(self.array.ndim)])
+        # The sum keeps the stack axes in the array's order.
+        total = jnp.sum(jnp.square(self.array * scale), others)
+        return jnp.transpose(total, [sorted(self.stack).index(a) for a in self.stack])
+
+    def __matmul__(self, vectors: Vectors) -> Vectors:
+        """Products with vectors, in two passes over the array."""
+        lead = len(self.stack)
+        half = self._scaled(self._half(vectors))
+        stack, outer = tuple(range(lead)), tuple(range(lead, lead + len(self.outer)))
+        if self._inner_is_last:
+            half = jnp.moveaxis(half, -1, lead)
+            outer = tuple(axis + 1 for axis in outer)
+            product = _dot(half, self.array, (outer, self.outer), (stack, self.stack))
+            return self._scaled(product).reshape(vectors.shape)
+        half = jnp.moveaxis(half, lead, -1)
+        product = _dot(self.array, half, (self.outer, outer), (self.stack, stack))
+        return jnp.moveaxis(self._scaled(product), -1, lead).reshape(vectors.shape)
+
+    def _half(self, vectors: Vectors) -> Array:
+        """Products with the array: ``[*stack, *outer, b]`` or ``[*stack, b, *outer]``, as they come."""
+        lead = len(self.stack)
+        x = vectors.reshape(*vectors.shape[:-1], *(self.array.shape[a] for a in self.inner))
+        stack, inner = tuple(range(lead)), tuple(range(lead + 1, x.ndim))
+        if self._inner_is_last:
+            return _dot(self.array, x, (self.inner, inner), (self.stack, stack))
+        return _dot(x, self.array, (inner, self.inner), (stack, self.stack))
+
+    @property
+    def _inner_is_last(self) -> bool:
+        """Whether the array's last axis is an inner one: it goes to the side where products are faster."""
+        return self.inner[-1] == self.array.ndim - 1
+
+    def _scaled(self, products: Array) -> Array:
+        # Always between a product and the transposition of its result: the CPU compiler would make of the two
+        # one product in the other order, which is several times slower.
+        return products * jnp.expand_dims(self.scale, range(len(self.stack), products.ndim))
+
+
+def _dot(
+    left: Array,
+    right: Array,
+    contracted: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]],
+) -> Array:
+    return jax.lax.dot_general(left, right, (contracted, batch), precision=jax.lax.Precision.HIGHEST)
+
+
+class _Sizes:
+    """Kernels put together by the size of their vectors."""
+
+    def __init__(self, kernels: Sequence[Kernel]):
+        self.stacks = [kernel.stack_shape for kernel in kernels]
+        groups: dict[int, list[int]] = {}
+        for index, kernel in enumerate(kernels):
+            groups.setdefault(kernel.max_rank, []).append(index)
+        self.groups = list(groups.values())
+
+    def group(self, values: Sequence[Array]) -> list[Array]:
+        """One ``[*stack, ...]`` per kernel -> one ``[matrices, ...]`` per size."""
+        flat = [v.reshape(-1, *v.shape[len(stack) :]) for v, stack in zip(values, self.stacks, strict=True)]
+        return [jnp.concatenate([flat[i] for i in group]) for group in self.groups]
+
+    def ungroup(self, values: Sequence[Array]) -> list[Array]:
+        """The inverse of :meth:`group`."""
+        found: dict[int, Array] = {}
+        for group, value in zip(self.groups, values, strict=True):
+            parts = jnp.split(value, np.cumsum([math.prod(self.stacks[i]) for i in group])[:-1])
+            found |= {i: p.reshape(*self.stacks[i], *p.shape[1:]) for i, p in zip(group, parts, strict=True)}
+        return [found[i] for i in range(len(self.stacks))]
+
+
+def _unit_rows(rows: Rows) -> tuple[Rows, Float[Array, "matrices b"]]:
+    """Rows at unit norm, and their norms; a row of zeros stays."""
+    norms = jnp.linalg.norm(rows, axis=-1)
+    return rows / jnp.where(norms > 0, norms, 1)[..., None], norms
+
+
+def _where(condition: Bool[Array, " matrices"], x: Array, y: Array) -> Array:
+    """``jnp.where`` with a condition on each matrix."""
+    return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
