@@ -15,8 +15,8 @@ in --trajectories. ``--train`` trains again too, and switches where the criteria
 fixed shares of the run: what the right time would have been. Networks are small ones on scikit-learn's
 digits, and BERT on sentences of SST-2, from weights and a tokenizer in --weights, which no package of the
 project has. Ranks are those of the scaled stable rank, so they depend on the epoch. "FLOPs" are those of
-training, with full-rank training as 100 %; times are of median epochs, without compiling. Runs that are finished in --out are
-not run again.
+training, with full-rank training as 100 %; times are of median epochs, without compiling. Runs that are
+finished in --out are not run again.
 """
 
 from __future__ import annotations
