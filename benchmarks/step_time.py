@@ -1,11 +1,17 @@
-"""Step time, full-rank against factorized: how much of the saved FLOPs arrives as saved time.
+"""Time and memory of a train step, full-rank against factorized: how much of the saved FLOPs becomes time.
 
     python benchmarks/step_time.py --config.batch_size=64 [--config configs/resnet18.py:digits] [--ratio 0.25]
-        [--json FILE]
+        [--stock] [--json FILE]
+    python benchmarks/step_time.py --config configs/deit_base.py:digits --config.model.depth=2
 
-Takes the train step that train.py runs, full-rank and with all layers but those of stage 1 factorized at a
-fixed ratio, and runs the two alternately in one process. FLOPs are XLA's count of the compiled step. A third
-figure is what the training loop adds: an epoch of train.py's loop against its compiled steps alone.
+Takes the train step that train.py runs for a configuration, on random data, full-rank and with the layers
+that the configuration leaves to be factorized at a fixed ratio, and runs the two alternately in one process.
+The median of the rounds' ratios is reported. FLOPs are those of matrix products and convolutions, three times
+the forward ones. Memory is what XLA's plan of the compiled step says: its arguments (the state, whose buffers
+are used again for the new one, and the data), and what it needs beside them, in MB of one device.
+
+Another figure is what the training loop adds: an epoch of train.py's loop against its compiled steps alone.
+With --stock a third network has its factors of one pixel computed by Flax's convolution and not as products.
 """
 
 from __future__ import annotations
@@ -15,64 +21,96 @@ from typing import Any
 
 from absl import app, flags
 from common import Runner, report
+from layer_time import share, stock_convolutions
 from ml_collections import config_flags
+from synthetic import synthetic_experiment
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.experiment import Experiment
+from cuttlefish_jax.training.method import plan_from_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/resnet18.py:digits")
 _RATIO = flags.DEFINE_float("ratio", 0.25, "rank as a share of min(m, n)", 0, 1)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "rounds; the medians are reported", 1)
+_CLASSES = flags.DEFINE_integer("classes", 10, "length of the network's output", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds; the medians are reported", 1)
+_STEPS = flags.DEFINE_integer("steps", 2, "steps of one network in a round", 1)
+_STOCK = flags.DEFINE_bool("stock", False, "also with Flax's convolutions of one pixel")
 _JSON = flags.DEFINE_string("json", None, "write the table to this file too")
 
 
-def measure(experiment: Experiment, ratio: float, repeats: int) -> tuple[list[dict[str, Any]], list[str]]:
-    ranks = {
-        path: max(1, int(kernel.max_rank * ratio))
-        for path, kernel in experiment.kernels.items()
-        if path.startswith("stage") and not path.startswith("stage1") and not kernel.is_pointwise
-    }
-    plan = cf.FactorizationPlan.from_ranks(experiment.kernels, ranks)
-    runners = {
-        "full": Runner(experiment, experiment.phase()),
-        "factorized": Runner(experiment, experiment.phase(plan)),
-    }
+def make_plan(experiment: Experiment, ratio: float) -> cf.FactorizationPlan:
+    """The plan that the configuration's rules make when every rank is this share of the full one."""
+    config = experiment.config.copy_and_resolve_references()
+    config.method, config.plan.rank_rule, config.plan.rank_ratio = "cuttlefish", "rank_ratio", ratio
+    config.plan.budget, config.plan.min_rank_ratio = "", 0.0
+    return plan_from_config(config, experiment.kernels, {}, {})
+
+
+def measure(experiment: Experiment, plan: cf.FactorizationPlan) -> tuple[list[dict[str, Any]], list[str]]:
+    phases = {"full": experiment.phase(), "factorized": experiment.phase(plan)}
+    runners = {name: Runner(experiment, phase) for name, phase in phases.items()}
+    if _STOCK.value:
+        with stock_convolutions():
+            phases["stock"] = experiment.phase(plan)
+            runners["stock"] = Runner(experiment, phases["stock"])
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     overheads = []
     runners["factorized"].epoch()  # opens the input, which the next epochs find open
-    for _ in range(repeats):
+    for _ in range(_ROUNDS.value):
         for name, runner in runners.items():
-            seconds[name].append(runner.repeat(2) / 2)
+            seconds[name].append(runner.repeat(_STEPS.value) / _STEPS.value)
         steps = experiment.train.steps_per_epoch
         alone, looped = runners["factorized"].repeat(steps), runners["factorized"].epoch()
         overheads.append(looped / alone - 1)
-    params = {"full": plan.num_params_full, "factorized": plan.num_params}
-    rows: list[dict[str, Any]] = [
-        {
+    full_flops = experiment.count_flops(phases["full"])
+    rows = []
+    for name, runner in runners.items():
+        flops = experiment.count_flops(phases[name])
+        ratios = [a / b for a, b in zip(seconds["full"], seconds[name], strict=True)]
+        row = {
             "network": name,
-            "params": params[name],
-            "GFLOP/step": runner.step.flops / 1e9,
+            "params": plan.num_params_full if name == "full" else plan.num_params,
+            "GFLOP/step": 3 * flops * experiment.config.batch_size / 1e9,
             "ms/step": 1e3 * statistics.median(seconds[name]),
+            **memory(runner),
         }
-        for name, runner in runners.items()
-    ]
-    ratios = {key: rows[0][key] / rows[1][key] for key in rows[0] if key != "network"}
-    rows.append({"network": "ratio", **ratios})
-    share = (1 - 1 / ratios["ms/step"]) / (1 - 1 / ratios["GFLOP/step"])
+        if name != "full":
+            faster = statistics.median(ratios)
+            row |= {
+                "FLOPs x fewer": full_flops / flops,
+                "x faster": faster,
+                "lowest-highest": f"{min(ratios):.2f}-{max(ratios):.2f}",
+                "share": share(faster, full_flops / flops),
+            }
+        rows.append(row)
     spread = ", ".join(f"{100 * overhead:.1f}" for overhead in sorted(overheads))
     notes = [
-        f"{100 * share:.0f} % of the FLOP saving arrives as time",
+        f"{100 * rows[1]['share']:.0f} % of the FLOP saving arrives as time",
+        f"{len(plan.ranks)} of {len(plan.kernels)} layers are factorized",
+        f"XLA counts {runners['full'].step.flops / runners['factorized'].step.flops:.2f}x fewer operations",
         f"the training loop adds {100 * statistics.median(overheads):.1f} % to its steps (of {spread})",
     ]
     return rows, notes
 
 
+def memory(runner: Runner) -> dict[str, float]:
+    """Of the compiled step, in MB: what it is given, how much of that it writes its results to, and more."""
+    sizes = runner.step.memory
+    return {
+        "arguments MB": sizes.argument_size_in_bytes / 1e6,
+        "reused MB": sizes.alias_size_in_bytes / 1e6,
+        "beside them MB": sizes.temp_size_in_bytes / 1e6,
+    }
+
+
 def main(_: list[str]) -> None:
     config = _CONFIG.value
-    config.data.train_examples = 20 * config.batch_size
-    rows, notes = measure(Experiment.from_config(config), _RATIO.value, _REPEATS.value)
-    about = f"{config.name}, width {config.model.width}, batch {config.batch_size}, ratio {_RATIO.value}"
-    report(rows, _JSON.value, notes=[about, *notes])
+    experiment = synthetic_experiment(config, num_classes=_CLASSES.value)
+    rows, notes = measure(experiment, make_plan(experiment, _RATIO.value))
+    sizes = {name: config.model[name] for name in ("width", "depth", "dtype") if config.model[name]}
+    data = dict(batch=config.batch_size, image_size=config.data.image_size)
+    about = ", ".join(f"{name} {value}" for name, value in {**sizes, **data, "ratio": _RATIO.value}.items())
+    report(rows, _JSON.value, notes=[f"{config.name}, {config.model.name}, {about}", *notes])
 
 
 if __name__ == "__main__":

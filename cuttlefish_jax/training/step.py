@@ -128,9 +128,20 @@ class Compiled:
 
         Of several shapes it is the last compiled one's.
         """
-        executable = next(reversed(self._executables.values()), None)
-        cost = executable.cost_analysis() if executable is not None else None
+        cost = self._last.cost_analysis() if self._executables else None
         return cost.get("flops", float("nan")) if cost else float("nan")
+
+    @property
+    def memory(self) -> Any:
+        """XLA's ``memory_analysis()`` of one call on one device, in bytes; None before the first call.
+
+        Of several shapes it is the last compiled one's.
+        """
+        return self._last.memory_analysis() if self._executables else None
+
+    @property
+    def _last(self) -> Any:
+        return next(reversed(self._executables.values()))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the function on ``(state, *data)``. Data of a new shape is compiled for first."""
