@@ -1,4 +1,4 @@
-"""Small Linen models in every form that the front end supports, for test_linen.py and test_kernels.py."""
+"""Small Linen models in every form that the front end supports, for test_linen.py and others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from linen_modules import (
     Ensemble,
     Experts,
@@ -32,6 +33,8 @@ from linen_modules import (
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.kernels import subtree
+
+KEY = jax.random.key(0)
 
 cf.register_layer(
     Weighted,
@@ -297,3 +300,27 @@ def best_approximation(params, plan):
         s[..., rank:] = 0
         layer[kernel.param] = kernel.from_matrix(((p * s[..., None, :]) @ q).astype(np.float32))
     return params
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def apply(model, variables, *args, **kwargs):
+    return once(lambda variables: model.apply(variables, *args, **kwargs), variables)
+
+
+def init(model, *args, **kwargs):
+    return once(lambda key: model.init(key, *args, **kwargs), KEY)
+
+
+def made_by_init(model, *args, **kwargs):
+    return jax.eval_shape(lambda: model.init(KEY, *args, **kwargs))
+
+
+def message_of(fn):
+    with pytest.raises(ValueError) as error:
+        fn()
+    message = str(error.value)
+    assert "\n" not in message
+    return message
