@@ -36,7 +36,7 @@ IMAGES = {
     "plan.keep": (),
     "profile.enabled": False,
 }
-TOKENS = IMAGES | {"epochs": 40, "data.train_examples": 800, "schedule.warmup_epochs": 4.0}
+TOKENS = IMAGES | {"epochs": 40, "data.train_examples": 1000, "schedule.warmup_epochs": 4.0}
 TOKENS |= {"model.patch": 2, "model.width": 64, "model.depth": 4, "model.dtype": "float32"}
 TOKENS |= {"data.image_size": 8, "data.crop_padding": 1, "optimizer.weight_decay": 0.05}
 # Without the regularisation and the average of the ImageNet recipe, which are for 300 epochs.
