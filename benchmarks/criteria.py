@@ -216,38 +216,39 @@ class Comparison:
         }
 
     def picture(self, file: str) -> None:
-        """Test loss and cost over the epoch of the switch; the criteria's choices are marked."""
+        """Test loss and time over the epoch of the switch: all runs, and the means of the criteria's."""
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
 
         networks = [n for n in self.options.networks if any(key[0] == n for key in self.runs)]
+        size = (3.6 * len(networks), 5.5)
         figure, axes = plt.subplots(
-            2,
-            len(networks),
-            figsize=(3.6 * len(networks), 5),
-            sharex="col",
-            squeeze=False,
-            layout="constrained",
+            2, len(networks), figsize=size, sharex="col", squeeze=False, layout="constrained"
         )
-        for (upper, lower), network in zip(axes.T, networks, strict=True):
+        for column, network in zip(axes.T, networks, strict=True):
             rows = {row["switch"]: row for row in self.rows(network) if "test loss" in row}
-            upper.set_title(network)
-            lower.set_xlabel("epoch of the switch")
-            for axis, key in (upper, "test loss"), (lower, "train s"):
+            runs = [(e, run) for (n, _, e), run in self.runs.items() if n == network and e is not None]
+            keys = {"test loss": "test_loss", "train s": "seconds_of_epochs"}
+            for axis, (shown, key) in zip(column, keys.items(), strict=True):
+                axis.plot([e for e, _ in runs], [run[key] for _, run in runs], ".", color="silver")
                 fixed = [row for row in rows.values() if row["switch"].startswith("at ")]
-                axis.plot([int(r["epochs"]) for r in fixed], [r[key] for r in fixed], "o-", color="gray")
+                axis.plot([int(row["epochs"]) for row in fixed], [row[shown] for row in fixed], color="gray")
                 if "never" in rows:
-                    axis.axhline(rows["never"][key], color="black", linestyle=":", label="full-rank")
+                    axis.axhline(rows["never"][shown], color="black", linestyle=":", label="full-rank")
                 for i, name in enumerate(CRITERIA):
                     if name in rows:
-                        chosen = [choice.epoch for choice in self.choices[network, name].values()]
-                        axis.plot(statistics.mean(chosen), rows[name][key], "D", color=f"C{i}", label=name)
-                axis.set_ylabel(key)
-            upper.set_yscale("log")
-            lower.set_ylim(bottom=0)
-        axes[0, 0].legend()
+                        mean = statistics.mean(c.epoch for c in self.choices[network, name].values())
+                        axis.plot(mean, rows[name][shown], "Dso^"[i], color=f"C{i}", label=name)
+                axis.set(ylabel=shown, xlim=(0, self.config(network).epochs))
+                axis.margins(y=0.1)
+                axis.set_ylim(bottom=0)
+            column[0].set_title(network)
+            column[1].set_xlabel("epoch of the switch")
+        shown = [axis.get_legend_handles_labels() for axis in axes[0]]
+        handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
         figure.savefig(file)
 
 
