@@ -35,7 +35,7 @@ INPUTS = {
     "embed": (3,),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Of the norm of what is compared. For float32 it is what the library promises. In bfloat16, with its 8 bits, a
+# Of the norm of what is compared. For float32 it is what the library promises. In bfloat16, of 8 bits, a
 # number is rounded up to eight times on its way: both factors, what is between and what comes out, and that
 # twice in attention, whose layers come one after the other.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 8 * 2.0**-8}
