@@ -58,7 +58,7 @@ def start_block(size: int) -> np.ndarray:
 
 def leading_eigenvalues(
     arrays: Sequence[Array], kernels: Sequence[Kernel], vectors: Sequence[Vectors]
-) -> tuple[list[Stack], list[Stack], list[Vectors]]:
+) -> tuple[list[Stack], list[Stack], list[Vectors], list[Stack]]:
     """The largest eigenvalue of the Gram matrix of every kernel, from below, and its trace.
 
     Args:
@@ -68,22 +68,27 @@ def leading_eigenvalues(
 
     Returns:
       For each kernel the eigenvalue and the trace, in a unit of its own (the trace is 0 for a matrix of
-      zeros, and NaN for one that is not finite), and the vectors to start from next time.
+      zeros, and NaN for one that is not finite), the vectors to start from next time, and the number of
+      rounds after the first products. For the trace the array is read once, for the first products twice, as
+      in every round.
     """
     sizes = _Sizes(kernels)
-    blocks = [_unit_rows(x)[0] for x in sizes.group(vectors)]
-    starts = sizes.ungroup(blocks)
-    grams = [_Gram(*each) for each in zip(arrays, kernels, starts, strict=True)]
+    rows = [_unit_rows(x)[0] for x in sizes.group(vectors)]
+    starts = sizes.ungroup(rows)
+    grams = _Gram.all(arrays, kernels, starts)
     products = sizes.group([gram @ x for gram, x in zip(grams, starts, strict=True)])
-    blocks = _best_blocks(list(zip(blocks, products, strict=True)))
+    blocks, progress = _improve(list(zip(rows, products, strict=True)), sizes)
 
-    def next_round(carry: tuple[Array, list[_Block]]) -> tuple[Array, list[_Block]]:
-        number, blocks = carry
-        active = sizes.ungroup([block.error > TOLERANCE for block in blocks])
-        residuals = sizes.ungroup([block.residuals for block in blocks])
+    def next_round(carry: tuple[list[_Block], _Progress]) -> tuple[list[_Block], _Progress]:
+        blocks, progress = carry
         products = [  # a kernel that is done is not read again
-            jax.lax.cond(jnp.any(go_on), gram.__matmul__, jnp.zeros_like, r)
-            for gram, r, go_on in zip(grams, residuals, active, strict=True)
+            jax.lax.cond(jnp.any(active), gram.__matmul__, jnp.zeros_like, r)
+            for gram, r, active in zip(
+                grams,
+                sizes.ungroup([block.residuals for block in blocks]),
+                sizes.ungroup(sizes.split(progress.is_active)),
+                strict=True,
+            )
         ]
         spaces = [
             (
@@ -92,19 +97,18 @@ def leading_eigenvalues(
             )
             for block, product in zip(blocks, sizes.group(products), strict=True)
         ]
-        return number + 1, [
-            jax.tree.map(functools.partial(_where, old.error > TOLERANCE), new, old)
-            for new, old in zip(_best_blocks(spaces), blocks, strict=True)
-        ]
+        return _improve(spaces, sizes, progress)
 
-    def goes_on(carry: tuple[Array, list[_Block]]) -> Bool[Array, ""]:
-        number, blocks = carry
-        errors = jnp.concatenate([block.error for block in blocks])
-        return (number < MAX_ROUNDS) & jnp.any(errors > TOLERANCE)
+    def goes_on(carry: tuple[list[_Block], _Progress]) -> Bool[Array, ""]:
+        return jnp.any(carry[1].is_active)
 
-    _, blocks = jax.lax.while_loop(goes_on, next_round, (jnp.zeros((), jnp.int32), blocks))
-    eigenvalues = sizes.ungroup([block.eigenvalue for block in blocks])
-    return eigenvalues, [gram.trace() for gram in grams], sizes.ungroup([b.next_start() for b in blocks])
+    blocks, progress = jax.lax.while_loop(goes_on, next_round, (blocks, progress))
+    starts = [
+        _next_start(block, value) for block, value in zip(blocks, sizes.split(progress.value), strict=True)
+    ]
+    eigenvalues = sizes.ungroup(sizes.split(progress.eigenvalue))
+    rounds = sizes.ungroup(sizes.split(progress.rounds))
+    return eigenvalues, [gram.trace() for gram in grams], sizes.ungroup(starts), rounds
 
 
 class _Block(NamedTuple):
@@ -116,9 +120,6 @@ class _Block(NamedTuple):
       residuals: those of the Ritz vectors, at unit norm, or zero.
       change: what the last round added to the Ritz vectors, at unit norm, or zero.
       a_change: its products with the Gram matrix.
-      value: the largest Ritz value.
-      residual: the norm of its vector's residual.
-      error: a bound on its relative error.
     """
 
     x: Rows
@@ -126,9 +127,30 @@ class _Block(NamedTuple):
     residuals: Rows
     change: Rows
     a_change: Rows
+
+
+class _Progress(NamedTuple):
+    """How far all matrices are.
+
+    Attributes:
+      value: the largest Ritz value.
+      second: the second largest.
+      residual: the norm of the residual of the first Ritz vector.
+      rounds: how many there were.
+    """
+
     value: Numbers
+    second: Numbers
     residual: Numbers
-    error: Numbers
+    rounds: Numbers
+
+    @property
+    def is_active(self) -> Bool[Array, " matrices"]:
+        """Whether another round is due: the bound on the relative error of the value is too large."""
+        # Kato-Temple, with the second Ritz value in the place of the second eigenvalue.
+        gap = jnp.maximum(self.value - self.second, jnp.finfo(jnp.float32).tiny)
+        error = self.residual * jnp.minimum(1, self.residual / gap)
+        return (error > TOLERANCE * self.value) & (self.rounds < MAX_ROUNDS)
 
     @property
     def eigenvalue(self) -> Numbers:
@@ -136,59 +158,59 @@ class _Block(NamedTuple):
         half = self.value / 2
         return half + jnp.sqrt(half**2 + self.residual**2)
 
-    def next_start(self) -> Rows:
-        """The Ritz vectors times the Gram matrix, with something new in all but the first."""
-        fresh = start_block(self.x.shape[-1])
-        value = self.value[:, None, None]
-        mixed = self.ax / jnp.where(value > 0, value, 1) + _FRESH * (np.arange(BLOCK) > 0)[:, None] * fresh
-        usable = (value > 0) & jnp.isfinite(mixed).all((1, 2), keepdims=True)
-        return jnp.where(usable, mixed, fresh)
 
+def _improve(
+    spaces: Sequence[tuple[Rows, Rows]], sizes: _Sizes, before: _Progress | None = None
+) -> tuple[list[_Block], _Progress]:
+    """The best blocks in what rows span; the rows are given with their products with the Gram matrix.
 
-def _best_blocks(spaces: Sequence[tuple[Rows, Rows]]) -> list[_Block]:
-    """The best blocks in the spans of rows, given with the rows' products with the Gram matrix."""
+    A matrix that was done ``before`` keeps its block, the first rows of its space.
+    """
     grams = jnp.concatenate([_einsum("kis,kjs->kij", s, s) for s, _ in spaces])
     forms = jnp.concatenate([_einsum("kis,kjs->kij", s, a_s) for s, a_s in spaces])
-    ends = np.cumsum([len(s) for s, _ in spaces])[:-1]
-    found = [jnp.split(part, ends) for part in _rayleigh_ritz(grams, forms)]
-    blocks = []
-    for (s, a_s), ritz, change, value, second in zip(spaces, *found, strict=True):
-        x, ax = _einsum("kis,kib->kbs", s, ritz), _einsum("kis,kib->kbs", a_s, ritz)
+    found, value, second = _rayleigh_ritz(grams, forms)
+    rounds = jnp.zeros(len(value), jnp.int32)
+    if before is not None:
+        active = before.is_active
+        found = jnp.where(active[:, None, None], found, np.eye(*found.shape[1:], dtype=np.float32))
+        value = jnp.where(active, value, before.value)
+        second = jnp.where(active, second, before.second)
+        rounds = before.rounds + active
+    blocks, residual = [], []
+    for (s, a_s), coefficients in zip(spaces, sizes.split(found), strict=True):
+        x, change = jnp.split(_einsum("kib,kis->kbs", coefficients, s), 2, 1)
+        ax, a_change = jnp.split(_einsum("kib,kis->kbs", coefficients, a_s), 2, 1)
         inside = _einsum("kbs,kcs->kbc", ax, x)
         residuals, norms = _unit_rows(ax - _einsum("kbc,kcs->kbs", inside, x))
-        residual = norms[:, 0]
-        # Kato-Temple, with the second Ritz value in the place of the second eigenvalue.
-        gap = jnp.maximum(value - second, jnp.finfo(jnp.float32).tiny)
-        blocks.append(
-            _Block(
-                x=x,
-                ax=ax,
-                residuals=residuals,
-                change=_einsum("kis,kib->kbs", s, change),
-                a_change=_einsum("kis,kib->kbs", a_s, change),
-                value=value,
-                residual=residual,
-                error=residual / value * jnp.minimum(1, residual / gap),
-            )
-        )
-    return blocks
+        blocks.append(_Block(x, ax, residuals, change, a_change))
+        residual.append(norms[:, 0])
+    return blocks, _Progress(value, second, jnp.concatenate(residual), rounds)
+
+
+def _next_start(block: _Block, value: Numbers) -> Rows:
+    """The Ritz vectors times the Gram matrix, with something new in all but the first."""
+    fresh = start_block(block.x.shape[-1])
+    value = value[:, None, None]
+    mixed = block.ax / jnp.where(value > 0, value, 1) + _FRESH * (np.arange(BLOCK) > 0)[:, None] * fresh
+    usable = (value > 0) & jnp.isfinite(mixed).all((1, 2), keepdims=True)
+    return jnp.where(usable, mixed, fresh)
 
 
 def _rayleigh_ritz(
     gram: Float[Array, "matrices i i"], form: Float[Array, "matrices i i"]
-) -> tuple[Float[Array, "matrices i b"], Float[Array, "matrices i b"], Numbers, Numbers]:
-    """Ritz vectors of the largest Ritz values, as coefficients.
+) -> tuple[Float[Array, "matrices i 2*b"], Numbers, Numbers]:
+    """The Ritz vectors of the largest Ritz values, as coefficients.
 
     Args:
       gram: the scalar products of the vectors that span a space.
       form: their scalar products with their own products.
 
     Returns:
-      The Ritz vectors; their change against the first ``BLOCK`` vectors of the space; the two largest Ritz
-      values. All are zero where something is not finite.
+      ``BLOCK`` Ritz vectors, then their changes against the first ``BLOCK`` vectors of the space, at unit
+      norm; the two largest Ritz values. All are zero where something is not finite.
     """
     finite = (jnp.isfinite(gram) & jnp.isfinite(form)).all((1, 2))
-    gram, form = (_where(finite, x, jnp.zeros_like(x)) for x in (gram, form))
+    gram, form = (jnp.where(finite[:, None, None], x, 0) for x in (gram, form))
     # One batch of decompositions for the whole network: side by side they could wait for each other for ever
     # (see matrices.py), and on a GPU each would take as long as all.
     shares, basis = jnp.linalg.eigh(gram)
@@ -200,7 +222,7 @@ def _rayleigh_ritz(
     change -= _einsum("kia,kja,kjl,klb->kib", ritz, ritz, gram, change)
     norms = jnp.sqrt(jnp.maximum(_einsum("kib,kij,kjb->kb", change, gram, change), 0))[:, None]
     change = jnp.where(norms > _INDEPENDENT, change / norms, 0)
-    return ritz, change, values[:, -1], values[:, -2]
+    return jnp.concatenate([ritz, change], -1), values[:, -1], values[:, -2]
 
 
 class _Gram:
@@ -209,15 +231,26 @@ class _Gram:
     It is that of the matrix times ``scale``, at which no square overflows or vanishes.
     """
 
-    def __init__(self, array: Array, kernel: Kernel, vectors: Vectors):
-        """The size of the products of the matrix with ``vectors`` gives the scale."""
+    def __init__(self, array: Array, kernel: Kernel):
         self.array, self.stack = array, kernel.stack_axes
         sides = sorted(kernel.reduction_axes), sorted(kernel.output_axes)
         self.inner, self.outer = sides if kernel.m <= kernel.n else sides[::-1]
-        half = self._half(vectors)
-        largest = jnp.max(jnp.abs(half), range(len(self.stack), half.ndim))
-        scale = 1 / jnp.where(largest > 0, largest, 1)
-        self.scale = jnp.where(jnp.isfinite(largest), scale, jnp.nan)
+        self.scale: Stack = jnp.ones(kernel.stack_shape, jnp.float32)
+
+    @staticmethod
+    def all(arrays: Sequence[Array], kernels: Sequence[Kernel], vectors: Sequence[Vectors]) -> list[_Gram]:
+        """Those of all kernels, with scales by the size of their matrices' products with some vectors."""
+        grams = [_Gram(array, kernel) for array, kernel in zip(arrays, kernels, strict=True)]
+        largest = []
+        for gram, x in zip(grams, vectors, strict=True):
+            half = jnp.abs(gram._half(x))
+            largest.append(jnp.ravel(jnp.max(half, range(len(gram.stack), half.ndim))))
+        ends = np.cumsum([len(x) for x in largest])[:-1]
+        sizes = jnp.concatenate(largest)
+        scales = jnp.where(jnp.isfinite(sizes), 1 / jnp.where(sizes > 0, sizes, 1), jnp.nan)
+        for gram, scale in zip(grams, jnp.split(scales, ends), strict=True):
+            gram.scale = scale.reshape(gram.scale.shape)
+        return grams
 
     def trace(self) -> Stack:
         """The sum of the squares of the entries."""
@@ -287,6 +320,11 @@ class _Sizes:
         flat = [v.reshape(-1, *v.shape[len(stack) :]) for v, stack in zip(values, self.stacks, strict=True)]
         return [jnp.concatenate([flat[i] for i in group]) for group in self.groups]
 
+    def split(self, values: Array) -> list[Array]:
+        """One number per matrix, all together -> one ``[matrices, ...]`` per size."""
+        counts = [sum(math.prod(self.stacks[i]) for i in group) for group in self.groups]
+        return jnp.split(values, np.cumsum(counts)[:-1])
+
     def ungroup(self, values: Sequence[Array]) -> list[Array]:
         """The inverse of :meth:`group`."""
         found: dict[int, Array] = {}
@@ -300,8 +338,3 @@ def _unit_rows(rows: Rows) -> tuple[Rows, Float[Array, "matrices b"]]:
     """Rows at unit norm, and their norms; a row of zeros stays."""
     norms = jnp.linalg.norm(rows, axis=-1)
     return rows / jnp.where(norms > 0, norms, 1)[..., None], norms
-
-
-def _where(condition: Bool[Array, " matrices"], x: Array, y: Array) -> Array:
-    """``jnp.where`` with a condition on each matrix."""
-    return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)

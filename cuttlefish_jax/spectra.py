@@ -108,7 +108,7 @@ def initial_vectors(kernels: Mapping[str, Kernel]) -> dict[str, np.ndarray]:
 
 
 def warm_stable_ranks(
-    params: Any, kernels: Mapping[str, Kernel], vectors: Mapping[str, Float[Array, "*stack 4 min_mn"]]
+    params: Any, kernels: Mapping[str, Kernel], vectors: Mapping[str, Array | np.ndarray]
 ) -> tuple[dict[str, Float[Array, "*stack"]], dict[str, Float[Array, "*stack 4 min_mn"]]]:
     r"""Stable rank of every kernel's matrix, from the singular vectors of the last time it was measured.
 
@@ -126,8 +126,8 @@ def warm_stable_ranks(
       params: the model's params tree, or an NNX model or its state; the kernels may have any real dtype and
         any sharding.
       kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
-      vectors: :func:`initial_vectors` the first time, then what the last call returned. They are an array
-        state like any other: keep them with the params.
+      vectors: ``path -> f32[*stack, 4, min(m, n)]``: :func:`initial_vectors` the first time, then what the
+        last call returned. They are a state like any other: keep them with the params.
 
     Returns:
       The stable ranks, as of :func:`stable_ranks`, and the vectors for the next call.
@@ -252,7 +252,8 @@ def _warm_stable_ranks(
 
     def run(params: Params, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         leaves = [unboxed(subtree(params, kernel.path)[kernel.param]) for kernel in kernels]
-        largest, traces, new = leading_eigenvalues([x.astype(jnp.float32) for x in leaves], kernels, vectors)
+        arrays = [leaf.astype(jnp.float32) for leaf in leaves]
+        largest, traces, new, _ = leading_eigenvalues(arrays, kernels, vectors)
         return tuple(_ratio(*pair, pair[0]) for pair in zip(traces, largest, strict=True)), tuple(new)
 
     return _on_any_mesh(run, params, vectors) if kernels else ((), ())
