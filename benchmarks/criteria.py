@@ -110,6 +110,7 @@ class Comparison:
         self.kernels: dict[str, cf.Kernels] = {}
         self.choices: dict[tuple[str, str], dict[int, Choice]] = {}
         self.runs: dict[Key, dict[str, Any]] = {}
+        self.failed: list[str] = []
 
     def config(self, network: str) -> Any:
         """Of a run that waits for its ranks, and so has a deadline."""
@@ -158,6 +159,9 @@ class Comparison:
                     running[pool.submit(train, self.places, *key)] = key
                 done = next(as_completed(running))
                 network, seed, epoch = key = running.pop(done)
+                if error := done.exception():  # the others can do without
+                    self.failed.append(f"{key}: {error}")
+                    continue
                 self.runs[key] = done.result()
                 if epoch is None:
                     self.replay(network, seed)
@@ -172,7 +176,8 @@ class Comparison:
     def report(self) -> None:
         """The table."""
         rows = [row for network in self.options.networks for row in self.rows(network)]
-        report(rows, self.options.json, notes=NOTES)
+        if rows:
+            report(rows, self.options.json, notes=NOTES)
 
     def rows(self, network: str) -> list[dict[str, Any]]:
         """The lines of one network."""
@@ -305,5 +310,7 @@ if __name__ == "__main__":
     else:
         comparison.replay_all()
     comparison.report()
-    if arguments.picture:
+    if arguments.picture and comparison.runs:
         comparison.picture(arguments.picture)
+    if comparison.failed:
+        raise SystemExit("\n".join(["these runs failed:", *comparison.failed]))
