@@ -3,7 +3,8 @@ r"""Carries what an optimizer remembers of a kernel into factor space.
 With the factors frozen at their values at the switch, :math:`W = U V`, the gradients of the factors are
 linear in the kernel's: :math:`g_U = G V^T`, :math:`g_V = U^T G`. So :math:`M V^T` and :math:`U^T M` are
 exactly the momenta that would have gathered, had the model been factorized all along. Second moments map
-approximately, by the squares of the factors; a moving average of parameters is projected on the rows that
+approximately, by the squares of the factors, and as much larger as the first moment shows entries of one
+gradient to be correlated; a moving average of parameters is projected on the rows that
 the new factor :math:`V` spans, so that it and the parameters are coordinates in one basis.
 """
 
@@ -31,9 +32,38 @@ def project_momentum(tree: Params, params_low: Params, plan: FactorizationPlan) 
     return _project(tree, factor_matrices(params_low, plan), plan, _momentum)
 
 
-def project_second_moment(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
-    """Maps a mean of squared gradients: ``S -> (S (V^2)^T, (U^2)^T S)``; gradients taken as uncorrelated."""
-    return _project(tree, factor_matrices(params_low, plan), plan, _second_moment)
+def project_second_moment(
+    tree: Params, params_low: Params, plan: FactorizationPlan, *, momentum: Params | None = None
+) -> dict[str, Any]:
+    r"""Maps a mean of squared gradients: ``S -> (S (V^2)^T, (U^2)^T S)``, exact for uncorrelated entries.
+
+    The entries of one gradient are correlated, and what the factors see of them adds up: along the leading
+    singular vectors to many times that, and Adam's steps would be as much too large until its average has
+    forgotten. The first moment, which maps exactly, shows by how much: column ``j`` of :math:`S (V^2)^T` is
+    multiplied by :math:`c_j = \max(1, \|M V_j^T\|^2 / \sum M^2 (V_j^2)^T)`, rows of the other factor alike.
+    As ``M`` is but one sum of gradients, whose chance must not make steps large, no ``c`` is below 1.
+
+    Args:
+      tree: means of squared gradients in the structure of the full-rank params.
+      params_low: the factorized params.
+      plan: the plan.
+      momentum: means of the gradients themselves, of any decay; None takes the entries as uncorrelated.
+
+    Returns:
+      The tree in the structure of ``params_low``.
+    """
+    factors = factor_matrices(params_low, plan)
+    if momentum is None:
+        return _project(tree, factors, plan, _second_moment)
+    leaves = {path: unboxed(subtree(momentum, path)[plan.kernels[path].param]) for path in plan.ranks}
+    triples = {
+        # What is masked in one is so in the other.
+        path: pair
+        if isinstance(leaves[path], MaskedNode)
+        else (*pair, plan.kernels[path].to_matrix(leaves[path]))
+        for path, pair in factors.items()
+    }
+    return _project(tree, triples, plan, _correlated_second_moment)
 
 
 def project_average(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
@@ -50,6 +80,18 @@ def _momentum(w, u, v):
 
 def _second_moment(w, u, v):
     return _matmul(w, jnp.square(v).mT), _matmul(jnp.square(u).mT, w)
+
+
+def _correlated_second_moment(w, u, v, m):
+    uncorrelated = _second_moment(w, u, v)
+    of_u, of_v = _momentum(m, u, v)
+    expected_u, expected_v = _second_moment(jnp.square(m), u, v)
+
+    def ratio(axis, found, expected):
+        found, expected = (jnp.sum(x, axis, keepdims=True) for x in (jnp.square(found), expected))
+        return jnp.maximum(1, found / jnp.where(expected > 0, expected, jnp.inf))
+
+    return uncorrelated[0] * ratio(-2, of_u, expected_u), uncorrelated[1] * ratio(-1, of_v, expected_v)
 
 
 def _average(w, inverse, v):
@@ -78,7 +120,7 @@ def _split_all(leaves, factors, plan: FactorizationPlan, split: Callable):
     halves = {}
     for path, leaf in leaves.items():
         kernel = plan.kernels[path]
-        u, v = (factor.astype(jnp.float32) for factor in factors[path])
+        matrices = [factor.astype(jnp.float32) for factor in factors[path]]
         matrix = kernel.to_matrix(leaf).astype(jnp.float32)
-        halves[path] = shape_factors(split(matrix, u, v), kernel, leaf.dtype)
+        halves[path] = shape_factors(split(matrix, *matrices), kernel, leaf.dtype)
     return halves

@@ -135,12 +135,17 @@ def carry_opt_state(
             for path, leaf in kernels
         )
 
+    nodes = dict(_named_leaves((opt_state,), is_params_like))
     old: dict[tuple[str, ...], Any] = {}
-    for name, node in _named_leaves((opt_state,), is_params_like):
+    for name, node in nodes.items():
         if (part := _as_params(node, params)) is None:
             old[name] = node
             continue
         if (projection := _PROJECTIONS.get(name[-1] if name else "")) and can_project(part):
+            if projection is moments.project_second_moment:
+                # Adam's: the mean of the same gradients, which tells how they are correlated.
+                mean = _as_params(nodes.get((*name[:-1], "mu")), params)
+                projection = functools.partial(projection, momentum=mean)
             part = projection(part, params_low, plan)
         old.update(_named_leaves(part, prefix=name))  # unprojected: what belongs to unchanged layers is kept
 

@@ -132,6 +132,29 @@ def test_second_moments_against_numpy_and_never_negative():
         assert min(at_u.min(), at_v.min()) >= 0
 
 
+def test_second_moments_of_correlated_gradients_take_their_size_from_the_first_moment():
+    # All gradients are multiples of one: what the factors see of it adds up, or cancels.
+    rng = np.random.default_rng(4)
+    kernels = Kernels((Kernel(path="x", layer="Dense", shape=(9, 7), reduction_axes=(0,), output_axes=(1,)),))
+    plan = cf.FactorizationPlan.from_ranks(kernels, {"x": 3})
+    params_low = cf.factorize_params({"x": {"kernel": jnp.asarray(rng.standard_normal((9, 7)))}}, plan)
+    u, v = matrices(params_low, "x", plan)
+    gradient = u @ v + 0.1 * rng.standard_normal((9, 7))
+    square, mean = ({"x": {"kernel": jnp.asarray(x, jnp.float32)}} for x in (4 * gradient**2, 0.3 * gradient))
+    actual = matrices(project_second_moment(square, params_low, plan, momentum=mean), "x", plan)
+    apart = matrices(project_second_moment(square, params_low, plan), "x", plan)
+    true = 4 * (gradient @ v.T) ** 2, 4 * (u.T @ gradient) ** 2
+    for axis, found, uncorrelated, expected in zip((0, 1), actual, apart, true, strict=True):
+        sums = np.maximum(expected.sum(axis), uncorrelated.sum(axis))
+        assert np.max(sums / uncorrelated.sum(axis)) > 2
+        np.testing.assert_allclose(found.sum(axis), sums, rtol=1e-4)
+    none = jax.tree.map(jnp.zeros_like, mean)
+    chex.assert_trees_all_equal(
+        project_second_moment(square, params_low, plan, momentum=none),
+        project_second_moment(square, params_low, plan),
+    )
+
+
 # --- Averages -----------------------------------------------------------------------------------------------
 
 

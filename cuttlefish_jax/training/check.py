@@ -84,8 +84,8 @@ def check_config(config: Config) -> None:
     _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
     if config.plan.extra_batch_norm and config.optimizer.precondition:
         raise ConfigError(
-            "config.plan.extra_batch_norm and config.optimizer.precondition exclude each other: set one of them "
-            "to False or 0"
+            "config.plan.extra_batch_norm and config.optimizer.precondition exclude each other: set one of "
+            "them to False or 0"
         )
     if config.plan.extra_batch_norm and make_method(config).frobenius_decay:
         raise ConfigError(
