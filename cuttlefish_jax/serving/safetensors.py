@@ -13,12 +13,14 @@ from flax import nnx
 from flax.core import meta
 
 from cuttlefish_jax.files import replace_file
-from cuttlefish_jax.models.pretrained.source import open_checkpoint
 from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.safetensors_file import files_of, open_checkpoint
 from cuttlefish_jax.serving.nnx_weights import weights_of
 
 # In the metadata: the document of FactorizationPlan.to_json.
 PLAN = "cuttlefish_plan"
+# Of names; JAX and Python walk through trees by recursion.
+_MAX_DEPTH = 64
 
 
 def save_safetensors(
@@ -74,12 +76,15 @@ def load_safetensors(file: str | os.PathLike[str]) -> tuple[dict[str, Any], Fact
       ValueError: if safetensors is not installed, the file is missing, damaged or a pickle, its plan is no
         plan, or two of its names exclude each other.
     """
-    with open_checkpoint(Path(file)) as checkpoint:
+    with open_checkpoint(files_of(Path(file))) as checkpoint:
         names, metadata = checkpoint.names, checkpoint.metadata
         separator = "/" if any("/" in name for name in names) else "."
         tree: dict[str, Any] = {}
         for name in names:
-            *parents, last = name.split(separator)
+            *parents, last = keys = name.split(separator)
+            if "" in keys or len(keys) > _MAX_DEPTH:
+                fault = "an empty part" if "" in keys else f"{len(keys)} parts, more than {_MAX_DEPTH}"
+                raise ValueError(f"{file}: the name of the tensor {name!r:.100} has {fault}")
             node: Any = tree
             for key in parents:
                 node = node.setdefault(key, {})

@@ -183,7 +183,9 @@ def test_a_sharded_folder(tmp_path):
     index.write_text(json.dumps(dict(weight_map={"x": "../other.safetensors"})))
     assert "'../other.safetensors', which is not a file beside it" in refusal("bert_base", shapes, tmp_path)
     index.write_text("{}")
-    assert "has no weight_map" in refusal("bert_base", shapes, tmp_path)
+    assert f"{index}: not a list of safetensors files: there is no 'weight_map'" in refusal(
+        "bert_base", shapes, tmp_path
+    )
 
 
 def test_fresh_and_unused(tmp_path):

@@ -16,7 +16,8 @@ from flax import traverse_util
 
 from cuttlefish_jax.models.pretrained import timm, torchvision, transformers
 from cuttlefish_jax.models.pretrained.naming import Naming, Tensor
-from cuttlefish_jax.models.pretrained.source import Checkpoint, open_checkpoint
+from cuttlefish_jax.models.pretrained.source import open_source
+from cuttlefish_jax.safetensors_file import Checkpoint
 
 # By patterns of the names that create_model knows.
 NAMINGS: Mapping[str, Naming] = MappingProxyType(
@@ -86,7 +87,7 @@ def load_pretrained(
     for path, leaf in leaves.items():
         if path in kept and isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{_ours(path)!r} is to be fresh, but has no value: give arrays, not shapes")
-    with open_checkpoint(source) as checkpoint:
+    with open_source(source) as checkpoint:
         _check_patterns("unused", unused, checkpoint.names)
         found = _find(naming, name, places, kept, checkpoint, unused, source)
         _check_shapes(leaves, places, found, checkpoint, source)
