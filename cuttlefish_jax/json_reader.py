@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 
@@ -18,9 +19,11 @@ class JsonReader:
     what: str
 
     def load(self, text: Any) -> Any:
-        """The document of ``text``, without duplicate keys, NaN and infinity."""
+        """The document of ``text``, without duplicate keys, NaN, infinity, or what is rounded to it."""
         try:
-            return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+            return json.loads(
+                text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise self.error(f"it is not JSON: {error}") from error
 
@@ -58,8 +61,16 @@ class JsonReader:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document := dict(pairs)) < len(pairs):
-        raise ValueError("an object has the same key twice")
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"an object has the same key twice: {key!r:.100}")
     return document
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number:.100} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:
