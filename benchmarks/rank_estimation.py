@@ -1,42 +1,52 @@
-"""Stable ranks, four ways, side by side: time, and error against a float64 SVD.
+"""Stable ranks, five ways, side by side: time, passes over the weights, and error against float64.
 
 - ``svdvals``: ``scipy.linalg.svdvals`` of every kernel on the host, what the published implementation does;
 - ``exact`` and ``lanczos``: the two methods of ``cuttlefish_jax.stable_ranks``;
+- ``cold`` and ``warm``: ``cuttlefish_jax.warm_stable_ranks``, from ``initial_vectors`` and from the vectors
+  of the weights before a change of 3 % in a random direction;
 - ``one pass``: a jitted sum of squares of every kernel, the least that touching the weights costs.
 
-The four take turns in every repeat, after a call that compiles, and the medians are reported. A second table
-has the errors of ``lanczos`` over many random matrices::
+They take turns in every repeat, after a call that compiles, and the medians are reported. Weights are
+Gaussian, as at initialisation, or trained-like: singular values falling as 1/i with random singular vectors.
+With ``--train``, a configuration is trained for some epochs, and the warm start is followed through them:
+error, passes and time after each. A second table has the errors of ``lanczos`` and ``cold`` over many random
+matrices::
 
-    python benchmarks/rank_estimation.py [--repeats 3] [--only resnet18] [--run runs/NAME] [--json FILE]
+    python benchmarks/rank_estimation.py [--repeats 5] [--only resnet18] [--skip svdvals lanczos]
+        [--train quickstart --epochs 12] [--run runs/NAME] [--json FILE]
 
-About ten minutes on two CPU cores, most of them in svdvals. Weights are Gaussian, as at initialisation, or
-trained-like: singular values falling as 1/i with random singular vectors. With ``--run``, also those in the
-last checkpoint of a full-rank run of train.py.
+About ten minutes on two CPU cores, most of them in svdvals. With ``--run``, also the weights in the last
+checkpoint of a full-rank run of train.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
 import json
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 from common import report
 from flax import traverse_util
 
 from cuttlefish_jax.kernels import Kernel, subtree
-from cuttlefish_jax.spectra import stable_ranks
+from cuttlefish_jax.lobpcg import leading_eigenvalues
+from cuttlefish_jax.spectra import initial_vectors, stable_ranks, warm_stable_ranks
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import default_config
+from cuttlefish_jax.training.epoch import train_epoch
 from cuttlefish_jax.training.experiment import Experiment
 
 
@@ -72,6 +82,7 @@ def width_4096() -> list[Kernel]:
     return [dense("attention", 4096, 4096), dense("feed_forward", 4096, 11008)]
 
 
+METHODS = ("svdvals", "exact", "lanczos", "cold", "warm")
 NETWORKS = {"resnet18": resnet18, "deit_base": deit_base, "width_4096": width_4096}
 
 
@@ -91,15 +102,44 @@ def make_params(kernels: list[Kernel], weights: str) -> dict[str, np.ndarray]:
     return params
 
 
-def reference(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[str, float]:
-    """Stable ranks in float64."""
+def changed(params: dict[str, np.ndarray], share: float = 0.03) -> dict[str, np.ndarray]:
+    """The same kernels with a change of so large a share of their norm in a random direction."""
+    rng = np.random.default_rng(1)
+    noise = {path: rng.standard_normal(array.shape, dtype=np.float32) for path, array in params.items()}
+    size = {path: share * np.linalg.norm(params[path]) / np.linalg.norm(noise[path]) for path in params}
+    return {path: array + size[path] * noise[path] for path, array in params.items()}
+
+
+def reference(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[str, np.ndarray]:
+    """Stable ranks in float64; the largest eigenvalue by ARPACK, to all digits."""
+
+    def stable_rank(matrix: np.ndarray) -> float:
+        gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+        if len(gram) < 3:  # too small for ARPACK
+            return float(np.trace(gram) / np.linalg.eigvalsh(gram)[-1])
+        start = np.random.default_rng(0).standard_normal(len(gram))
+        found: Any = scipy.sparse.linalg.eigsh(gram, k=1, v0=start, return_eigenvectors=False)
+        return float(np.trace(gram) / found[0])
+
     ranks = {}
     for path, kernel in kernels.items():
-        matrix = params[path].reshape(kernel.m, kernel.n).astype(np.float64)
-        gram = matrix @ matrix.T if kernel.m <= kernel.n else matrix.T @ matrix
-        largest = scipy.linalg.eigh(gram, eigvals_only=True, subset_by_index=[len(gram) - 1] * 2)[0]
-        ranks[path] = float(np.trace(gram) / largest)
+        matrices = np.asarray(kernel.to_matrix(jnp.asarray(params[path]))).reshape(-1, kernel.m, kernel.n)
+        ranks[path] = np.array([stable_rank(matrix.astype(np.float64)) for matrix in matrices])
     return ranks
+
+
+def max_error(ranks: dict[str, Any], truth: dict[str, np.ndarray]) -> float:
+    """Largest relative error, in percent."""
+    return 100 * max(float(np.max(np.abs(np.ravel(ranks[p]) / truth[p] - 1))) for p in truth)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def count_passes(arrays: dict[str, jax.Array], kernels: tuple[Kernel, ...], vectors: dict[str, Any]) -> Any:
+    """How often the warm start reads the weights: the mean over the kernels' entries."""
+    paths = [kernel.path for kernel in kernels]
+    *_, rounds = leading_eigenvalues([arrays[p] for p in paths], kernels, [vectors[p] for p in paths])
+    passes = sum(arrays[p].size * jnp.max(3 + 2 * n) for p, n in zip(paths, rounds, strict=True))
+    return passes / sum(arrays[p].size for p in paths)
 
 
 def on_host(params: dict[str, np.ndarray], kernels: dict[str, Kernel]) -> dict[str, float]:
@@ -124,46 +164,99 @@ def trained(workdir: pathlib.Path) -> tuple[dict[str, Kernel], dict[str, np.ndar
     return kernels, {path: np.asarray(subtree(params, path)["kernel"]) for path in kernels}
 
 
+def nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    """A params tree of kernels alone."""
+    flat = {tuple(path.split("/")): {"kernel": jnp.asarray(array)} for path, array in arrays.items()}
+    return traverse_util.unflatten_dict(flat)
+
+
+@jax.jit
+def one_pass(params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(x)), params)
+
+
+def medians(methods: dict[str, Callable], repeats: int) -> tuple[dict[str, float], dict[str, float], dict]:
+    """Median seconds of methods that take turns, seconds of their first calls, and what they return."""
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    results = {}
+    for _ in range(repeats + 1):
+        for method, run in methods.items():
+            start = time.perf_counter()
+            results[method] = jax.block_until_ready(run())
+            seconds[method].append(time.perf_counter() - start)
+    first = {method: values.pop(0) for method, values in seconds.items()}
+    return {method: statistics.median(values) for method, values in seconds.items()}, first, results
+
+
 def measure(
-    network: str, weights: str, kernels: dict[str, Kernel], host: dict[str, np.ndarray], repeats: int
+    network: str,
+    weights: str,
+    kernels: dict[str, Kernel],
+    host: dict[str, np.ndarray],
+    repeats: int,
+    skip: Sequence[str],
 ) -> list[dict[str, Any]]:
     """One row for each method."""
     print(f"{network}, {weights} weights ...", file=sys.stderr, flush=True)
-    nested = {tuple(path.split("/")): {"kernel": jnp.asarray(kernel)} for path, kernel in host.items()}
-    params = traverse_util.unflatten_dict(nested)
-    truth = reference(host, kernels)
+    params, cold = nested(host), initial_vectors(kernels)
+    _, warm = warm_stable_ranks(nested(changed(host)), kernels, cold)
     methods: dict[str, Callable] = {
         "svdvals": lambda: on_host(host, kernels),
         "exact": functools.partial(stable_ranks, params, kernels, method="exact"),
         "lanczos": functools.partial(stable_ranks, params, kernels, method="lanczos"),
-        "one pass": functools.partial(jax.jit(lambda tree: jax.tree.map(jnp.vdot, tree, tree)), params),
+        "cold": lambda: warm_stable_ranks(params, kernels, cold)[0],
+        "warm": lambda: warm_stable_ranks(params, kernels, warm)[0],
+        "one pass": functools.partial(one_pass, params),
     }
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
-    results = {}
-    for repeat in range(repeats + 1):
-        for method, run in methods.items():
-            if repeat == 0 and method == "svdvals":  # nothing to compile
-                continue
-            start = time.perf_counter()
-            results[method] = jax.block_until_ready(run())
-            seconds[method].append(time.perf_counter() - start)
-    first = {method: seconds[method].pop(0) for method in methods if method != "svdvals"}
+    methods = {method: run for method, run in methods.items() if method not in skip}
+    seconds, first, results = medians(methods, repeats)
+    truth = reference(host, kernels)
+    arrays = {path: jnp.asarray(array) for path, array in host.items()}
     rows = []
     for method in methods:
-        median = statistics.median(seconds[method])
-        row: dict[str, Any] = {"network": network, "weights": weights, "method": method, "ms": 1e3 * median}
-        row["x svdvals"] = statistics.median(seconds["svdvals"]) / median
+        row: dict[str, Any] = {"network": network, "weights": weights, "method": method}
+        row |= {"ms": 1e3 * seconds[method], "x one pass": seconds[method] / seconds["one pass"]}
+        if method in ("cold", "warm"):
+            vectors = cold if method == "cold" else warm
+            row["passes"] = float(count_passes(arrays, tuple(kernels.values()), vectors))
         if method != "one pass":
-            errors = [abs(float(results[method][path]) / truth[path] - 1) for path in kernels]
-            row["max error %"] = 100 * max(errors)
-        if method in first:
-            row["first call ms"] = 1e3 * first[method]  # compiles
+            row["max error %"] = max_error(results[method], truth)
+        if method not in ("svdvals", "warm"):  # nothing to compile, or the same program as cold
+            row["first call ms"] = 1e3 * first[method]
         rows.append(row)
     return rows
 
 
-def lanczos_tail(shape: tuple[int, int], draws: int) -> str:
-    """Errors of ``lanczos`` over many Gaussian matrices: how often its start vector is an unlucky one."""
+def follow(name: str, epochs: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for each epoch of a full-rank training: the warm start along the weights as they change."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    experiment = Experiment.from_config(config)
+    phase, kernels = experiment.phase(), dict(experiment.kernels)
+    state, vectors, rows = experiment.create_state(phase), initial_vectors(kernels), []
+    for epoch in range(epochs + 1):
+        params = state.params
+        arrays = {path: subtree(params, path)[kernel.param] for path, kernel in kernels.items()}
+        methods = {
+            "warm": functools.partial(warm_stable_ranks, params, kernels, vectors),
+            "one pass": functools.partial(one_pass, arrays),
+        }
+        seconds, _, results = medians(methods, repeats)
+        ranks, after = results["warm"]
+        host = {path: np.asarray(array) for path, array in arrays.items()}
+        row: dict[str, Any] = {"network": name, "weights": f"after {epoch} epochs"}
+        row |= {"method": "warm" if epoch else "cold", "ms": 1e3 * seconds["warm"]}
+        row["x one pass"] = seconds["warm"] / seconds["one pass"]
+        row["passes"] = float(count_passes(arrays, tuple(kernels.values()), vectors))
+        rows.append(row | {"max error %": max_error(ranks, reference(host, kernels))})
+        print(rows[-1], file=sys.stderr, flush=True)
+        vectors = after
+        if epoch < epochs:
+            state, _ = train_epoch(phase.train_step, state, experiment.train, epoch)
+    return rows
+
+
+def tail(method: str, shape: tuple[int, int], draws: int) -> str:
+    """Errors of a method over many Gaussian matrices: how often its start is an unlucky one."""
     stack = np.random.default_rng(0).standard_normal((draws, *shape), dtype=np.float32)
     kernel = Kernel(
         path="layer",
@@ -174,11 +267,15 @@ def lanczos_tail(shape: tuple[int, int], draws: int) -> str:
         stack_axes=(0,),
     )
     params, kernels = {"layer": {"kernel": jnp.asarray(stack)}}, {"layer": kernel}
-    ranks = {method: stable_ranks(params, kernels, method=method)["layer"] for method in ("exact", "lanczos")}
-    errors = np.asarray(ranks["lanczos"], np.float64) / np.asarray(ranks["exact"], np.float64) - 1
+    exact = stable_ranks(params, kernels)["layer"]
+    if method == "lanczos":
+        ranks = stable_ranks(params, kernels, method="lanczos")["layer"]
+    else:
+        ranks = warm_stable_ranks(params, kernels, initial_vectors(kernels))[0]["layer"]
+    errors = np.asarray(ranks, np.float64) / np.asarray(exact, np.float64) - 1
     over, median, worst = np.mean(errors > 0.01), np.median(errors), np.max(errors)
     return (
-        f"{shape[0]} x {shape[1]}: {100 * over:.1f} % of {draws} draws off by more than 1 %; "
+        f"{method}, {shape[0]} x {shape[1]}: {100 * over:.1f} % of {draws} draws off by more than 1 %; "
         f"median error {100 * median:.2g} %, largest {100 * worst:.2g} %"
     )
 
@@ -187,17 +284,31 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each method (default 3)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each method (default 5)")
     parser.add_argument("--only", choices=NETWORKS, help="one of the networks")
+    parser.add_argument("--skip", nargs="*", default=(), choices=METHODS, help="methods to leave out")
+    parser.add_argument("--train", metavar="CONFIG", help="follow the training of configs/CONFIG.py")
+    parser.add_argument("--epochs", type=int, default=12, help="for so many epochs (default 12)")
+    parser.add_argument("--draws", type=int, default=1000, help="random matrices of the second table")
     parser.add_argument("--run", type=pathlib.Path, help="the workdir of a full-rank run")
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
     options = parser.parse_args()
-    table = []
+    table, notes = [], []
     for name in [options.only] if options.only else NETWORKS:
         made = {kernel.path: kernel for kernel in NETWORKS[name]()}
         for kind in ("Gaussian", "trained-like"):
-            table += measure(name, kind, made, make_params(list(made.values()), kind), options.repeats)
+            host_params = make_params(list(made.values()), kind)
+            table += measure(name, kind, made, host_params, options.repeats, options.skip)
+            with contextlib.redirect_stdout(sys.stderr):
+                report(table, options.json)  # what there is so far
     if options.run:
-        table += measure(options.run.name, "trained", *trained(options.run), options.repeats)
-    tails = [lanczos_tail(shape, draws) for shape, draws in (((128, 128), 1000), ((768, 2304), 100))]
-    report(table, options.json, notes=["Lanczos on Gaussian matrices, over many draws:", *tails])
+        table += measure(options.run.name, "trained", *trained(options.run), options.repeats, options.skip)
+    if options.train:
+        table += follow(options.train, options.epochs, options.repeats)
+    if options.draws:
+        notes.append("Gaussian matrices, over many draws:")
+        for gaussian, draws in (((128, 128), options.draws), ((768, 2304), options.draws // 10)):
+            notes += [
+                tail(method, gaussian, draws) for method in ("lanczos", "cold") if method not in options.skip
+            ]
+    report(table, options.json, notes=notes)
