@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.linen as nn
@@ -62,45 +64,52 @@ def layers(dtype: str, batch: int) -> Iterator[tuple[str, nn.Module, jax.ShapeDt
         yield f"dense {features}", nn.Dense(features, use_bias=False, dtype=kind), x
 
 
-def compiled(layer: nn.Module, x: jax.ShapeDtypeStruct) -> Callable[[int], float]:
-    """The forward and backward pass of a layer, as a function that runs it so often: seconds of one."""
-    random = lambda shape: 0.1 * jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)  # noqa: E731
-    inputs = random(x)
-    variables = jax.jit(layer.init)(jax.random.key(0), inputs)
-    cotangent = random(jax.eval_shape(layer.apply, variables, inputs))
-    step = jax.jit(forward_and_backward(layer.apply)).lower(variables, inputs, cotangent).compile()
+class Run:
+    """The forward and backward pass of a layer."""
 
-    def run(calls: int) -> float:
-        output, gradients, start = cotangent, None, time.perf_counter()
+    def __init__(self, layer: nn.Module, x: jax.ShapeDtypeStruct):
+        random = lambda leaf: 0.1 * jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)  # noqa: E731
+        variables = jax.tree.map(random, jax.eval_shape(layer.init, jax.random.key(0), x))
+        self.flops = cf.count_flops(layer.apply, variables, x)
+        self._arguments = (variables, random(x), random(jax.eval_shape(layer.apply, variables, x)))
+        self._lowered = jax.jit(forward_and_backward(layer.apply)).lower(*self._arguments)
+        self._step: Any = None
+
+    def compile(self) -> None:
+        self._step = self._lowered.compile()
+
+    def seconds(self, calls: int) -> float:
+        """Seconds of one call, of so many in a row."""
+        (variables, x, output), gradients, start = self._arguments, None, time.perf_counter()
         for _ in range(calls):
-            output, gradients = step(variables, inputs, output)  # each waits for the one before it
+            output, gradients = self._step(variables, x, output)  # each waits for the one before it
         jax.block_until_ready((output, gradients))
         return (time.perf_counter() - start) / calls
 
-    return run
 
-
-def measure(layer: nn.Module, x: jax.ShapeDtypeStruct, ratio: float, rounds: int) -> dict[str, Any]:
+def prepare(layer: nn.Module, x: jax.ShapeDtypeStruct, ratio: float) -> tuple[int, dict[str, Run]]:
+    """The rank, and the passes to be compared."""
     kernels = cf.find_kernels(layer, x)
     rank = max(1, int(ratio * kernels[""].max_rank))
-    plan = cf.FactorizationPlan.from_ranks(kernels, {"": rank})
-    low = cf.factorize(layer, plan)
-    runs = {"full": compiled(layer, x), "factorized": compiled(low, x)}
+    low = cf.factorize(layer, cf.FactorizationPlan.from_ranks(kernels, {"": rank}))
+    runs = {"full": Run(layer, x), "factorized": Run(low, x)}
     if isinstance(layer, nn.Conv):
         with stock_convolutions():
-            runs["stock"] = compiled(cf.factorize(layer, plan), x)
+            runs["stock"] = Run(low, x)
+    return rank, runs
+
+
+def measure(rank: int, runs: dict[str, Run], rounds: int) -> dict[str, Any]:
     calls = {}
     for name, run in runs.items():
-        run(2)  # warms up
-        calls[name] = min(_MAX_CALLS, max(1, round(_SECONDS / run(2))))
+        run.seconds(2)  # warms up
+        calls[name] = min(_MAX_CALLS, max(1, round(_SECONDS / run.seconds(2))))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            seconds[name].append(run(calls[name]))
-    flops = [
-        cf.count_flops(net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x) for net in (layer, low)
-    ]
-    speedups = {
+            seconds[name].append(run.seconds(calls[name]))
+    fewer = runs["full"].flops / runs["factorized"].flops
+    faster = {
         name: statistics.median(a / b for a, b in zip(seconds["full"], times, strict=True))
         for name, times in seconds.items()
     }
@@ -108,15 +117,12 @@ def measure(layer: nn.Module, x: jax.ShapeDtypeStruct, ratio: float, rounds: int
         "rank": rank,
         "full ms": 1e3 * statistics.median(seconds["full"]),
         "factorized ms": 1e3 * statistics.median(seconds["factorized"]),
-        "FLOPs x fewer": flops[0] / flops[1],
-        "x faster": speedups["factorized"],
-        "share": share(speedups["factorized"], flops[0] / flops[1]),
+        "FLOPs x fewer": fewer,
+        "x faster": faster["factorized"],
+        "share": share(faster["factorized"], fewer),
     }
     if "stock" in runs:
-        row |= {
-            "x faster, stock": speedups["stock"],
-            "share, stock": share(speedups["stock"], flops[0] / flops[1]),
-        }
+        row |= {"x faster, stock": faster["stock"], "share, stock": share(faster["stock"], fewer)}
     return row
 
 
@@ -135,9 +141,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", help="write the table to this file too")
     options = parser.parse_args()
+    prepared = {
+        name: prepare(layer, x, options.ratio) for name, layer, x in layers(options.dtype, options.batch)
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Before anything is timed: compilers use the devices, too.
+        list(pool.map(Run.compile, [run for _, runs in prepared.values() for run in runs.values()]))
     rows = []
-    for name, layer, x in layers(options.dtype, options.batch):
-        rows.append({"layer": name, **measure(layer, x, options.ratio, options.rounds)})
+    for name, layer in prepared.items():
+        rows.append({"layer": name, **measure(*layer, options.rounds)})
         print(rows[-1], flush=True)
     about = f"{options.dtype}, batch {options.batch}, ratio {options.ratio}, {options.rounds} rounds"
     report(rows, options.json, notes=[about])

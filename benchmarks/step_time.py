@@ -17,6 +17,7 @@ With --stock a third network has its factors of one pixel computed by Flax's con
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from absl import app, flags
@@ -48,7 +49,9 @@ def make_plan(experiment: Experiment, ratio: float) -> cf.FactorizationPlan:
 
 def measure(experiment: Experiment, plan: cf.FactorizationPlan) -> tuple[list[dict[str, Any]], list[str]]:
     phases = {"full": experiment.phase(), "factorized": experiment.phase(plan)}
-    runners = {name: Runner(experiment, phase) for name, phase in phases.items()}
+    with ThreadPoolExecutor() as pool:  # compiles both at once
+        made = list(pool.map(lambda phase: Runner(experiment, phase), phases.values()))
+    runners = dict(zip(phases, made, strict=True))
     if _STOCK.value:
         with stock_convolutions():
             phases["stock"] = experiment.phase(plan)

@@ -24,12 +24,14 @@ def synthetic_experiment(config: Any, *, num_classes: int = 10, batches: int = 4
     """The experiment of a configuration on so many batches of random examples, which lie on the device.
 
     Args:
-      config: changed in place: no data set is read and no weights, and images are not augmented on the host.
+      config: changed in place: no data set is read and no weights, images are not augmented on the host, and
+        the learning rate is low.
       num_classes: of the labels.
       batches: in an epoch.
     """
     data = config.data
     data.on_device, data.train_examples, config.model.pretrained = True, 0, ""
+    config.schedule.name, config.schedule.peak = "constant", 1e-4  # there is nothing to learn
     make_source = functools.partial(_source, batches * config.batch_size, num_classes)
     if data.name.partition("/")[0] == "glue":
         task = _texts(data, make_source, num_classes)
