@@ -83,6 +83,8 @@ def read_checkpoint(source: str, plan: str | None = None) -> Checkpoint:
             found = cf.FactorizationPlan.from_json(Path(plan).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {plan}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{plan}: {error}") from error
     return dataclasses.replace(checkpoint, plan=found)
 
 
@@ -121,17 +123,21 @@ def _read_run(directory: Path) -> Checkpoint:
     tree: dict[str, Any] = {}
     for name, leaf in restored.leaves.items():
         *parents, last = name.split("/")
-        node = tree
+        node: Any = tree
         for key in parents:
             node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{restored.directory}: an array stands in the way of {name!r}")
         node[last] = leaf
     if tree.get("ema_params"):
         tree["params"] = tree["ema_params"]  # what the run evaluates
     config, plan, record = read_config(directory.parent / "config.json"), None, restored.record
-    with mendable():
+    try:
         if record["plan"] is not None:
             plan = cf.FactorizationPlan.from_json(record["plan"])
-    ranks_0 = {path: history[0] for path, history in record["tracker"]["history"].items()}
+        ranks_0 = {path: history[0] for path, history in record["tracker"]["history"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{restored.directory}: its record is not that of a run: {error}") from error
     # Pre-trained weights are not random: what they had at first says nothing.
     known = None if config is None or config.model.pretrained else ranks_0 or None
     return Checkpoint(path=directory, plan=plan, config=config, ranks_0=known, **_variables(tree, directory))
@@ -150,7 +156,7 @@ def read_config(file: Path) -> Any:
     try:
         config: Any = ConfigDict(json.loads(file.read_text()))
         _ = config.model.name, config.data.name
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WorkdirError(f"{file} is not the config.json of a run: {error}") from error
     return config
 

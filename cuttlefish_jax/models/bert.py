@@ -316,7 +316,7 @@ def _options_of_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read config_file {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config_file {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"config_file {path} is not an object of JSON")

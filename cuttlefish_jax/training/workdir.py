@@ -114,7 +114,7 @@ class Workdir:
                 return json.loads(file.read_text())
             except FileNotFoundError:
                 return None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise WorkdirError(
                     f"{file} is damaged ({error}). Give another --workdir, or restore the file"
                 ) from error
@@ -167,7 +167,7 @@ class Workdir:
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         try:
             return [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WorkdirError(
                 f"{file} is damaged ({error}). Delete its bad lines, or give another --workdir"
             ) from error

@@ -103,9 +103,29 @@ def test_a_plan_in_a_file_of_its_own(network, tmp_path):
     assert read_checkpoint(str(tmp_path / "saved"), str(tmp_path / "plan.json")).plan == plan
     with pytest.raises(UserError, match=r"cannot read .*nothing\.json"):
         read_checkpoint(str(tmp_path / "saved"), str(tmp_path / "nothing.json"))
+    for text, message in {"[" * 100_000: "it is not JSON", '{"format": 1e999}': "too large a number"}.items():
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=rf"bad\.json: not a factorization plan: .*{message}"):
+            read_checkpoint(str(tmp_path / "saved"), str(tmp_path / "bad.json"))
     serving.save_safetensors(tmp_path / "low.safetensors", PARAMS, plan)
     with pytest.raises(UserError, match="has its plan"):
         read_checkpoint(str(tmp_path / "low.safetensors"), str(tmp_path / "plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "'plan'"),
+        ({"plan": "{}"}, "not a factorization plan"),
+        ({"plan": None, "tracker": {"history": {"fc": []}}}, "index out of range"),
+        ({"plan": None, "tracker": {"history": None}}, "NoneType"),
+    ],
+)
+def test_records_that_are_not_those_of_a_run(tmp_path, record, message):
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": PARAMS}, record)
+    with pytest.raises(CheckpointError, match=rf"1: its record is not that of a run: .*{message}"):
+        read_checkpoint(str(tmp_path / "checkpoints"))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, full_run):

@@ -267,7 +267,13 @@ def test_config_files_that_make_no_network(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot read"), ("{", "is not JSON"), ("[]", "is not an object")]
+    ("content", "message"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "is not an object"),
+    ],
 )
 def test_config_files_that_cannot_be_read(content, message, tmp_path):
     if content is not None:

@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -249,3 +251,36 @@ def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
     ):
         restore(tmp_path)
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda payload: payload["leaves"]["half"].update(shape=[2**44]), "its array half was altered"),
+        (lambda payload: payload["leaves"]["half"].update(shape=[2, 2]), "its array half was altered"),
+        (lambda payload: payload["leaves"]["half"].update(dtype="object"), "its files are damaged"),
+        (lambda payload: payload["leaves"]["empty"].update(shape=[0, 2**62]), "its files are damaged"),
+        (lambda payload: payload["leaves"].update({"../../half": payload["leaves"]["half"]}), "are damaged"),
+        (lambda payload: payload["leaves"].pop("half"), "its files are damaged"),
+        (lambda payload: payload.update(leaves=[1]), "its files are damaged"),
+    ],
+)
+def test_a_record_made_by_somebody_who_means_harm(tmp_path, change, message):
+    """Its own hash is right: whoever can write the file can compute that, too."""
+    save_all(tmp_path / "checkpoints", [1])
+    file = tmp_path / "checkpoints" / "1" / "record" / "metadata"
+    payload = json.loads(file.read_text())
+    payload.pop("sha256")
+    change(payload)
+    canonical = json.dumps(payload, sort_keys=True).encode()
+    file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))
+    with pytest.raises(CheckpointError, match=message):
+        restore(tmp_path / "checkpoints")
+    assert names(tmp_path) == ["checkpoints"]
+
+
+def test_a_record_that_is_nested_too_deep(tmp_path):
+    save_all(tmp_path / "checkpoints", [1])
+    (tmp_path / "checkpoints" / "1" / "record" / "metadata").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="its files are damaged"):
+        restore(tmp_path / "checkpoints")

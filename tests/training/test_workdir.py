@@ -67,8 +67,9 @@ def test_settings_that_only_one_side_knows_are_differences(workdir):
         workdir.claim({"a": {"b": 1, "new": 3}})
 
 
-def test_a_damaged_json_file_is_named(workdir):
-    (workdir.path / "config.json").write_text('{"seed": ')
+@pytest.mark.parametrize("text", [b'{"seed": ', b"[" * 100_000, b"\xff\xfe{"])
+def test_a_damaged_json_file_is_named(workdir, text):
+    (workdir.path / "config.json").write_bytes(text)
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
         workdir.claim({"seed": 0})
 
@@ -127,6 +128,9 @@ def test_a_log_that_is_one_torn_line_is_empty(workdir):
 
 def test_damage_within_a_log_is_an_error(workdir):
     (workdir.path / "log.jsonl").write_text('{"epoch": 0}\n{"ep\n{"epoch": 2}\n')
+    with pytest.raises(WorkdirError, match=r"log\.jsonl is damaged"):
+        workdir.read_log("log.jsonl")
+    (workdir.path / "log.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(WorkdirError, match=r"log\.jsonl is damaged"):
         workdir.read_log("log.jsonl")
 
