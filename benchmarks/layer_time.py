@@ -76,6 +76,7 @@ class Run:
         self._step: Any = None
 
     def compile(self) -> None:
+        """Compiles the passes; of several layers at once in threads."""
         self._step = self._lowered.compile()
 
     def seconds(self, calls: int) -> float:

@@ -1,7 +1,7 @@
 """Time and memory of a train step, full-rank against factorized: how much of the saved FLOPs becomes time.
 
     python benchmarks/step_time.py --config.batch_size=64 [--config configs/resnet18.py:digits] [--ratio 0.25]
-        [--stock] [--json FILE]
+        [--stock] [--trace FOLDER] [--json FILE]
     python benchmarks/step_time.py --config configs/deit_base.py:digits --config.model.depth=2
 
 Takes the train step that train.py runs for a configuration, on random data, full-rank and with the layers
@@ -11,15 +11,21 @@ the forward ones. Memory is what XLA's plan of the compiled step says: its argum
 are used again for the new one, and the data), and what it needs beside them, in MB of one device.
 
 Another figure is what the training loop adds: an epoch of train.py's loop against its compiled steps alone.
+A third is the time of the input alone: taking a batch's examples on the device, and their augmentation.
+
+With --trace FOLDER a few steps of each network are recorded there, for Perfetto and TensorBoard.
 With --stock a third network has its factors of one pixel computed by Flax's convolution and not as products.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 from absl import app, flags
 from common import Runner, report
 from layer_time import share, stock_convolutions
@@ -27,8 +33,10 @@ from ml_collections import config_flags
 from synthetic import synthetic_experiment
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.experiment import Experiment
+from cuttlefish_jax.training.data import materialize
+from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import plan_from_config
+from cuttlefish_jax.training.tasks import AXIS
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/resnet18.py:digits")
 _RATIO = flags.DEFINE_float("ratio", 0.25, "rank as a share of min(m, n)", 0, 1)
@@ -36,6 +44,7 @@ _CLASSES = flags.DEFINE_integer("classes", 10, "length of the network's output",
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds; the medians are reported", 1)
 _STEPS = flags.DEFINE_integer("steps", 2, "steps of one network in a round", 1)
 _STOCK = flags.DEFINE_bool("stock", False, "also with Flax's convolutions of one pixel")
+_TRACE = flags.DEFINE_string("trace", None, "folder for a recording of some steps")
 _JSON = flags.DEFINE_string("json", None, "write the table to this file too")
 
 
@@ -47,15 +56,25 @@ def make_plan(experiment: Experiment, ratio: float) -> cf.FactorizationPlan:
     return plan_from_config(config, experiment.kernels, {}, {})
 
 
-def measure(experiment: Experiment, plan: cf.FactorizationPlan) -> tuple[list[dict[str, Any]], list[str]]:
-    phases = {"full": experiment.phase(), "factorized": experiment.phase(plan)}
+def make_runners(experiment: Experiment, plan: cf.FactorizationPlan) -> dict[str, tuple[Phase, Runner]]:
+    """The networks to be compared, compiled."""
+
+    def made(phase: Phase) -> tuple[Phase, Runner]:
+        return phase, Runner(experiment, phase)
+
     with ThreadPoolExecutor() as pool:  # compiles both at once
-        made = list(pool.map(lambda phase: Runner(experiment, phase), phases.values()))
-    runners = dict(zip(phases, made, strict=True))
+        both = list(pool.map(made, (experiment.phase(), experiment.phase(plan))))
+    networks: dict[str, tuple[Phase, Runner]] = {"full": both[0], "factorized": both[1]}
     if _STOCK.value:
         with stock_convolutions():
-            phases["stock"] = experiment.phase(plan)
-            runners["stock"] = Runner(experiment, phases["stock"])
+            networks["stock"] = made(experiment.phase(plan))
+    return networks
+
+
+def measure(
+    experiment: Experiment, plan: cf.FactorizationPlan, networks: Mapping[str, tuple[Phase, Runner]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    runners = {name: runner for name, (_, runner) in networks.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     overheads = []
     runners["factorized"].epoch()  # opens the input, which the next epochs find open
@@ -65,10 +84,10 @@ def measure(experiment: Experiment, plan: cf.FactorizationPlan) -> tuple[list[di
         steps = experiment.train.steps_per_epoch
         alone, looped = runners["factorized"].repeat(steps), runners["factorized"].epoch()
         overheads.append(looped / alone - 1)
-    full_flops = experiment.count_flops(phases["full"])
+    full_flops = experiment.count_flops(networks["full"][0])
     rows = []
     for name, runner in runners.items():
-        flops = experiment.count_flops(phases[name])
+        flops = experiment.count_flops(networks[name][0])
         ratios = [a / b for a, b in zip(seconds["full"], seconds[name], strict=True)]
         row = {
             "network": name,
@@ -87,13 +106,31 @@ def measure(experiment: Experiment, plan: cf.FactorizationPlan) -> tuple[list[di
             }
         rows.append(row)
     spread = ", ".join(f"{100 * overhead:.1f}" for overhead in sorted(overheads))
+    augmented = 1e3 * input_seconds(experiment, runners["full"].batch)
     notes = [
         f"{100 * rows[1]['share']:.0f} % of the FLOP saving arrives as time",
         f"{len(plan.ranks)} of {len(plan.kernels)} layers are factorized",
         f"XLA counts {runners['full'].step.flops / runners['factorized'].step.flops:.2f}x fewer operations",
+        f"{augmented:.3g} ms of a step are the input's",
         f"the training loop adds {100 * statistics.median(overheads):.1f} % to its steps (of {spread})",
     ]
     return rows, notes
+
+
+def input_seconds(experiment: Experiment, batch: Any) -> float:
+    """Seconds that a train step spends on what the network is given."""
+
+    def inputs(key: jax.Array, resident: Any, batch: Any) -> Any:
+        return experiment.task.train_inputs(key, materialize(resident, batch))
+
+    mapped = jax.pmap(inputs, AXIS, in_axes=(None, None, 0))
+    arguments = jax.random.key(0), experiment.train.resident, batch
+    seconds = []
+    for _ in range(_ROUNDS.value + 1):
+        start = time.perf_counter()
+        jax.block_until_ready([mapped(*arguments) for _ in range(_STEPS.value)])
+        seconds.append((time.perf_counter() - start) / _STEPS.value)
+    return statistics.median(seconds[1:])  # the first compiles
 
 
 def memory(runner: Runner) -> dict[str, float]:
@@ -109,11 +146,16 @@ def memory(runner: Runner) -> dict[str, float]:
 def main(_: list[str]) -> None:
     config = _CONFIG.value
     experiment = synthetic_experiment(config, num_classes=_CLASSES.value)
-    rows, notes = measure(experiment, make_plan(experiment, _RATIO.value))
+    plan = make_plan(experiment, _RATIO.value)
+    networks = make_runners(experiment, plan)
+    rows, notes = measure(experiment, plan, networks)
     sizes = {name: config.model[name] for name in ("width", "depth", "dtype") if config.model[name]}
     data = dict(batch=config.batch_size, image_size=config.data.image_size)
     about = ", ".join(f"{name} {value}" for name, value in {**sizes, **data, "ratio": _RATIO.value}.items())
     report(rows, _JSON.value, notes=[f"{config.name}, {config.model.name}, {about}", *notes])
+    for name in networks if _TRACE.value else ():
+        with jax.profiler.trace(f"{_TRACE.value}/{name}", create_perfetto_trace=True):
+            networks[name][1].repeat(_STEPS.value)
 
 
 if __name__ == "__main__":
