@@ -42,9 +42,9 @@ def dense(path: str, inputs: int, outputs: int) -> cf.Kernel:
     return cf.Kernel(path=path, layer="Dense", shape=(inputs, outputs), reduction_axes=(0,), output_axes=(1,))
 
 
-def make_params(kernels: Mapping[str, cf.Kernel]) -> dict[str, Any]:
+def make_params(kernels: Mapping[str, cf.Kernel], seed: int = 0) -> dict[str, Any]:
     """Gaussian kernels: the slowest to measure."""
-    keys = jax.random.split(jax.random.key(0), len(kernels))
+    keys = jax.random.split(jax.random.key(seed), len(kernels))
     return {
         path: {"kernel": jax.random.normal(key, kernel.shape) / np.sqrt(kernel.m)}
         for key, (path, kernel) in zip(keys, kernels.items(), strict=True)

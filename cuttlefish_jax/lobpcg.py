@@ -6,9 +6,9 @@ without a preconditioner). A round reads the weights twice. More vectors in the 
 save rounds: four are as near to the end of a Gaussian's spectrum after 12 rounds as one after 32 steps of
 Lanczos; and when singular vectors cross from one epoch to the next, the new first one is in the block.
 
-The arithmetic on the weights is two products per kernel in its own layout: nothing is reshaped or stacked,
-which would copy the weights, and gather those of sharded kernels. All that is small is batched, over the
-matrices of one size or over all of them.
+The arithmetic on the weights is two products per kernel in its own layout: nothing is reshaped, which would
+gather the weights of sharded kernels, and only small kernels of one shape are stacked, which copies them. All
+that is small is batched, over the matrices of one size or over all of them.
 
 References:
   Knyazev, `Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block Preconditioned Conjugate
@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ MAX_ROUNDS = 20
 _FRESH = 0.01
 # A direction of which all but this share (squared) is in the others is left out: it would be mostly rounding.
 _INDEPENDENT = 1e-3
+# Kernels of one shape with no more entries are stacked: copying takes less time than the operations saved.
+_SMALL = 2**16
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -58,7 +60,7 @@ def start_block(size: int) -> np.ndarray:
 
 def leading_eigenvalues(
     arrays: Sequence[Array], kernels: Sequence[Kernel], vectors: Sequence[Vectors]
-) -> tuple[list[Stack], list[Stack], list[Vectors], list[Stack]]:
+) -> tuple[list[Any], ...]:
     """The largest eigenvalue of the Gram matrix of every kernel, from below, and its trace.
 
     Args:
@@ -72,6 +74,42 @@ def leading_eigenvalues(
       rounds after the first products. For the trace the array is read once, for the first products twice, as
       in every round.
     """
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, kernel in enumerate(kernels):
+        axes = kernel.shape, kernel.reduction_axes, kernel.output_axes, kernel.stack_axes
+        groups.setdefault(axes if math.prod(kernel.shape) <= _SMALL else (index,), []).append(index)
+    members = list(groups.values())
+    found = _leading_eigenvalues(
+        [jnp.stack([arrays[i] for i in group]) if group[1:] else arrays[group[0]] for group in members],
+        [_stacked(kernels[group[0]], len(group)) for group in members],
+        [jnp.stack([vectors[i] for i in group]) if group[1:] else vectors[group[0]] for group in members],
+    )
+    unstacked = []
+    for values in found:
+        by_index: dict[int, Array] = {}
+        for group, value in zip(members, values, strict=True):
+            by_index |= zip(group, value if group[1:] else [value], strict=True)
+        unstacked.append([by_index[i] for i in range(len(kernels))])
+    return tuple(unstacked)
+
+
+def _stacked(kernel: Kernel, copies: int) -> Kernel:
+    """The kernel of so many copies, with one more stack axis in front; the kernel itself if it is one."""
+    if copies == 1:
+        return kernel
+    return Kernel(
+        path=kernel.path,
+        layer=kernel.layer,
+        shape=(copies, *kernel.shape),
+        reduction_axes=tuple(axis + 1 for axis in kernel.reduction_axes),
+        output_axes=tuple(axis + 1 for axis in kernel.output_axes),
+        stack_axes=(0, *(axis + 1 for axis in kernel.stack_axes)),
+    )
+
+
+def _leading_eigenvalues(
+    arrays: Sequence[Array], kernels: Sequence[Kernel], vectors: Sequence[Vectors]
+) -> tuple[list[Stack], list[Stack], list[Vectors], list[Stack]]:
     sizes = _Sizes(kernels)
     rows = [_unit_rows(x)[0] for x in sizes.group(vectors)]
     starts = sizes.ungroup(rows)

@@ -34,12 +34,15 @@ NETWORK = Kernels(
     (
         conv("conv", 8, 24),
         dense("wide", 40, 96),
+        dense("again", 40, 96),
         dense("tall", 96, 40),
         # Scanned twice, the stack axes in the middle and in the wrong order.
         Kernel(
             path="scanned", layer="Dense", shape=(40, 3, 2, 30), reduction_axes=(0,), output_axes=(3,),
             stack_axes=(2, 1),
         ),
+        dense("stack", 2, 30, 50),
+        dense("same stack", 2, 30, 50),
         # An attention output: two contracted axes.
         Kernel(
             path="attention", layer="DenseGeneral", shape=(4, 12, 48), reduction_axes=(0, 1), output_axes=(2,)
