@@ -85,6 +85,8 @@ def test_an_update_is_that_of_the_whole_batch_in_any_number_of_parts(task, sourc
     errors = (np.exp(logs) - np.eye(CLASSES)[labels]) / BATCH
     expected = before["Dense_0"]["kernel"] - 0.1 * features.T.astype(np.float64) @ errors
     np.testing.assert_allclose(state.params["Dense_0"]["kernel"], expected, rtol=1e-4, atol=1e-6)
+    # The new state is written where the old one was.
+    assert step.memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(before))
 
 
 def test_each_part_of_a_batch_has_dropout_of_its_own(task):
@@ -132,11 +134,12 @@ def test_a_step_is_compiled_for_each_of_a_few_shapes_and_refuses_more():
         return state + 2 * batch["x"].sum()
 
     compiled = Compiled(jax.pmap(double, in_axes=(None, 0), out_axes=0), num_shapes=2)
-    assert np.isnan(compiled.flops)
+    assert np.isnan(compiled.flops) and compiled.memory is None
     for length in (3, 5, 3, 5):
         result = compiled(jnp.float32(1), {"x": jnp.ones((8, length))})
         np.testing.assert_array_equal(result, 1 + 2 * length)
     assert traced == [(3,), (5,)]
     assert compiled.compile_seconds > 0
+    assert compiled.memory.argument_size_in_bytes > 0
     with pytest.raises(TypeError, match=r"data of shapes \(\(8, 4\),\); the step was compiled for .* alone"):
         compiled(jnp.float32(1), {"x": jnp.ones((8, 4))})
