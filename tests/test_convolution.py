@@ -42,8 +42,8 @@ CONVOLUTIONS = {
 CASES = {**PRODUCTS, **CONVOLUTIONS}
 
 
-def test_it_computes_what_the_convolution_does():
-    layers = {case: layer_and_input(size, **options) for case, (size, options) in CASES.items()}
+def test_a_product_is_what_the_convolution_computes():
+    layers = {case: layer_and_input(size, **options) for case, (size, options) in PRODUCTS.items()}
 
     def output_and_gradients(which):
         def one(layers):
