@@ -34,15 +34,15 @@ def map_matrices(
     for index, matrix in enumerate(matrices):
         groups.setdefault(matrix.shape[-2:], []).append(index)
     results: dict[int, Any] = {}
-    before: Any = None
+    # One group after the other, and the first after all that makes the matrices. LAPACK calls that the CPU
+    # backend of jaxlib 0.10 starts side by side, one on each thread of its pool, all wait for a free thread
+    # of that pool: for ever, with two cores often.
+    before: Any = sum(jnp.ravel(matrix)[0] for matrix in matrices)
     for shape, members in groups.items():
         stacks = [matrices[i].shape[:-2] for i in members]
         flat = jnp.concatenate([matrices[i].reshape(-1, *shape) for i in members])
-        # One group after the other. LAPACK calls that the CPU backend of jaxlib 0.10 starts side by side, one
-        # on each thread of its pool, all wait for a free thread of that pool: for ever, with two cores often.
         # No number is greater than infinity, but the compiler orders the groups by it.
-        if before is not None:
-            flat += jnp.ravel(before)[0] > jnp.inf
+        flat += jnp.ravel(before)[0] > jnp.inf
         # Not vmap: XLA's CPU backend is up to twice as fast with one matrix after the other, each of which
         # stays in the cache for all of its steps, as with batched matrix-vector products.
         mapped = jax.lax.map(fn, flat)

@@ -43,7 +43,7 @@ def check_config(config: Config) -> None:
         "switch.if_never": (config.switch.if_never, ("full_rank", "switch")),
         "switch.optimizer": (config.switch.optimizer, ("carry", "reset")),
         "switch.learning_rate": (config.switch.learning_rate, AFTER_SWITCH),
-        "ranks.method": (config.ranks.method, ("exact", "lanczos")),
+        "ranks.method": (config.ranks.method, ("warm", "lanczos", "exact")),
         "data.interpolation": (config.data.interpolation, ("bilinear", "bicubic")),
     }
     for key, (value, valid) in one_of.items():
@@ -79,7 +79,7 @@ def check_config(config: Config) -> None:
     ):
         _check_number(config, key, lambda value: 0 < value <= 1, "in (0, 1]")
     _check_number(config, "data.random_erasing", lambda value: 0 <= value <= 1, "in [0, 1]")
-    for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path"):
+    for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path", "switch.rank_tolerance"):
         _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
     _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
     if config.plan.extra_batch_norm and config.optimizer.precondition:

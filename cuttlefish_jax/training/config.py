@@ -112,6 +112,8 @@ def default_config() -> Config:
             epoch=0,  # "at_epoch": the first low-rank epoch
             deadline=0.7,  # share of the run by which the ranks should have converged
             if_never="switch",  # then (with a warning): switch at the ranks of that day, or stay full_rank
+            compile_ahead=True,  # the low-rank programs in the background, when the switch is near
+            rank_tolerance=0.05,  # how far ranks may be from those these were compiled for; 0: not at all
             recalibration_batches=0,  # that batch statistics are estimated on anew; 0: they adapt in training
             optimizer="carry",  # its state goes into factor space; or reset
             learning_rate="continue",  # the schedule goes on; or rewarmup, restart
@@ -152,7 +154,7 @@ def default_config() -> Config:
     )
     config.si_fd = ConfigDict(dict(rank_ratio=0.08, frobenius_decay=1e-4, keep=()))
 
-    config.ranks = ConfigDict(dict(method="lanczos"))  # or exact
+    config.ranks = ConfigDict(dict(method="warm"))  # from the last epoch's vectors; or lanczos, exact
     config.evaluation = ConfigDict(dict(every_epochs=1))  # and after the last epoch
     config.checkpoint = ConfigDict(dict(every_epochs=1, keep=2))
     return config.lock()

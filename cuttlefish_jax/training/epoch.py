@@ -33,6 +33,7 @@ def train_epoch(
     epoch: int,
     *,
     on_step: Callable[[int], None] = lambda steps: None,
+    at_end: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> tuple[TrainState, dict[str, float]]:
     """Trains for one epoch.
 
@@ -42,6 +43,8 @@ def train_epoch(
       data: the training input.
       epoch: counted from 0.
       on_step: called with 1 whenever a step is done.
+      at_end: called when the last step is under way: what it starts on the devices follows without a pause.
+        It may change the state.
 
     Returns:
       The new state and the epoch's metrics: ``train_loss`` and what else the step measures, such as
@@ -57,6 +60,7 @@ def train_epoch(
         for batch in data.epoch(epoch):
             state, metrics = train_step(state, data.resident, batch)
             yield metrics
+        state = at_end(state)
 
     settled: list[dict[str, float]] = []
     for step, values in enumerate(_fetched(steps())):

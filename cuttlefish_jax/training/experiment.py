@@ -22,6 +22,7 @@ from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import make_method, plan_from_config
 from cuttlefish_jax.training.network import create_network
+from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule
 from cuttlefish_jax.training.state import TrainState, create_state
@@ -160,8 +161,14 @@ class Experiment:
 
     def _create_state(self, phase: Phase) -> TrainState:
         config = self.config
+        meter = RankMeter(self.kernels, config.ranks.method)
         return create_state(
-            phase.model, phase.tx, self.task.inputs, seed=config.seed, ema=bool(config.optimizer.ema)
+            phase.model,
+            phase.tx,
+            self.task.inputs,
+            seed=config.seed,
+            ema=bool(config.optimizer.ema),
+            rank_vectors={} if phase.plan else meter.initial_vectors,
         )
 
     def count_flops(self, phase: Phase) -> int:

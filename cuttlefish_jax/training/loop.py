@@ -10,9 +10,7 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
@@ -24,9 +22,12 @@ from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import deadline, make_tracker, needs_singular_values, plan_from_config
 from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
+from cuttlefish_jax.training.rank_meter import RankMeter
+from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import AXIS
 from cuttlefish_jax.training.summary import summarize
+from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
 
 
@@ -78,23 +79,29 @@ class _Run:
         replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
         # A program, and not device_put, which cannot put random keys on the devices of other hosts.
         self.replicate = jax.jit(lambda state: state, out_shardings=replicated)
-        self.rank_seconds, self.ranks_compiled = 0.0, False
+        self.rank_seconds = 0.0
+        self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
         self.phase, self.state = self._start()
+        self.switcher = Switcher(self.experiment, replicated)
         self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
 
     def to_the_end(self) -> dict[str, Any]:
         progress, config = self.progress, self.config
-        for epoch in range(progress.epoch, config.epochs):
-            if self._switch_is_due(epoch):
-                self._switch(epoch)
-            metrics = self._train(epoch)
-            self._measure(epoch + 1)
-            self._log(epoch, metrics)
-            progress.epoch = epoch + 1
-            if self._is_due(epoch + 1, config.checkpoint.every_epochs):
-                self._save()
-        return self._finish()
+        try:
+            for epoch in range(progress.epoch, config.epochs):
+                if self._switch_is_due(epoch):
+                    self._switch(epoch)
+                metrics = self._train(epoch)
+                self._track(epoch + 1)
+                self._look_ahead(epoch + 1)
+                self._log(epoch, metrics)
+                progress.epoch = epoch + 1
+                if self._is_due(epoch + 1, config.checkpoint.every_epochs):
+                    self._save()
+            return self._finish()
+        finally:
+            self.switcher.close()
 
     def _is_due(self, epochs_trained: int, every_epochs: int) -> bool:
         """Whether it is time for something that is done after every so many epochs, and after the last."""
@@ -117,9 +124,17 @@ class _Run:
         self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
         self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
         state = self.replicate(state)
+        if phase.plan is None:
+            # Compiles the measurement, which is not to happen behind the steps of an epoch.
+            start = time.perf_counter()
+            self.meter.start(state)
+            self.progress.seconds["compile"] += time.perf_counter() - start
+            self.meter.wait()
         if restored is None:
-            self.state, self.phase = state, phase
-            self._measure(0)
+            state = self.meter.start(state)
+            self.rank_seconds = self.meter.wait()
+            self.phase = phase
+            self._track(0)
         return phase, state
 
     def _profile(self) -> None:
@@ -149,36 +164,83 @@ class _Run:
         )
         return switches
 
+    def _look_ahead(self, epochs_trained: int) -> None:
+        """Has the low-rank programs compiled for the ranks of today, if the switch is near."""
+        progress = self.progress
+        if not self.config.switch.compile_ahead or progress.plan is not None or progress.stays_full_rank:
+            return
+        epoch = self._next_switch(epochs_trained)
+        if epoch is None:
+            return
+        plan = self._plan()
+        if not plan.ranks:
+            return
+        if not self._stands_for(plan):
+            progress.foreseen = plan
+        assert progress.foreseen is not None
+        self.switcher.compile_ahead(progress.foreseen, epoch, self.phase, self.state)
+
+    def _next_switch(self, epochs_trained: int) -> int | None:
+        """The epoch before which the switch will come, if that is in one or two epochs."""
+        tracker, last_call = self.progress.tracker, deadline(self.config)
+        for epochs in (1, 2):
+            epoch = epochs_trained + epochs
+            if tracker.switch_epoch is not None:
+                is_then = tracker.switch_epoch == epoch
+            else:
+                is_then = tracker.converges_within(epochs) or last_call == epoch
+            if is_then:
+                return epoch if epoch < self.config.epochs else None
+        return None
+
+    def _stands_for(self, plan: cf.FactorizationPlan) -> bool:
+        """Whether the programs that were compiled ahead may be used for a plan."""
+        foreseen = self.progress.foreseen
+        return foreseen is not None and nearly_equal(foreseen, plan, self.config.switch.rank_tolerance)
+
+    def _plan(self) -> cf.FactorizationPlan:
+        """The plan for the ranks as they are now."""
+        return plan_from_config(
+            self.config,
+            self.experiment.kernels,
+            self.progress.ranks_t,
+            self.progress.ranks_0,
+            singular_values=self._singular_values(),
+            profile=self.experiment.profile,
+        )
+
     def _switch(self, epoch: int) -> None:
-        """Makes the plan, rewrites the state, and builds the steps of the low-rank phase."""
+        """Makes the plan, rewrites the state, and goes on with the steps of the low-rank phase."""
         start = time.perf_counter()
         progress, experiment = self.progress, self.experiment
-        plan = plan_from_config(
-            self.config,
-            experiment.kernels,
-            progress.ranks_t,
-            progress.ranks_0,
-            singular_values=self._singular_values(),
-            profile=experiment.profile,
-        )
+        plan = self._plan()
+        if self._stands_for(plan):
+            assert progress.foreseen is not None
+            plan = progress.foreseen
         _say(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
         if not plan.ranks:
             progress.stays_full_rank = True
             warnings.warn("no layer would get smaller: staying full-rank to the end", stacklevel=2)
             return
-        phase = experiment.phase(plan, switch_step=epoch * experiment.train.steps_per_epoch)
-        state = cf.switch(self.state, plan, phase.tx, apply_fn=phase.model.apply)
-        if self.config.switch.optimizer == "reset":
-            # The moments are forgotten; the counters, which the learning rate follows, are not.
-            zeroed = optax.tree_map_params(phase.tx, jnp.zeros_like, state.opt_state)
-            state = state.replace(opt_state=zeroed)
-        self.state = jax.block_until_ready(self.replicate(state))
-        self.phase = phase
-        progress.plan, progress.switch_epoch = plan, epoch
+        low, was_ahead = self.switcher.get(plan, epoch, self.phase, self.state)
+        # With the last reference to it, the full-rank state is freed.
+        self.phase, self.state = low.phase, low.convert(self.state)
+        self.state = recalibrate(
+            experiment.task,
+            self.state,
+            experiment.train,
+            epoch=epoch,
+            batches=self.config.switch.recalibration_batches,
+        )
+        jax.block_until_ready(self.state)
+        progress.plan, progress.foreseen, progress.switch_epoch = plan, None, epoch
         # The full-rank network is not a candidate for the best low-rank one.
         progress.best = None
         self.directory.write_json("plan.json", json.loads(plan.to_json()))
-        progress.seconds["switch"] += time.perf_counter() - start
+        stall = time.perf_counter() - start
+        progress.seconds["stall"] += stall
+        progress.seconds["background" if was_ahead else "compile"] += low.seconds
+        progress.seconds["switch"] += stall - (0 if was_ahead else low.seconds)
 
     def _singular_values(self) -> dict[str, Any] | None:
         """Of all kernels, if the plan looks at more than the stable ranks."""
@@ -193,7 +255,12 @@ class _Run:
         rate = np.asarray(phase.schedule(epoch * data.steps_per_epoch)).item()
         description = f"epoch {epoch + 1}/{self.config.epochs}"
         with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
-            self.state, trained = train_epoch(phase.train_step, self.state, data, epoch, on_step=advance)
+            measure = {} if phase.plan else {"at_end": self.meter.start}
+            self.state, trained = train_epoch(
+                phase.train_step, self.state, data, epoch, on_step=advance, **measure
+            )
+        # The last step is done, and the measurement follows it.
+        self.rank_seconds = 0.0 if phase.plan else self.meter.wait()
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
         metrics |= {name: value for name, value in trained.items() if name != "steps"}
         is_evaluated = self._is_due(epoch + 1, self.config.evaluation.every_epochs)
@@ -215,30 +282,18 @@ class _Run:
             self.best.save(epoch, self.state.eval_variables, progress.to_record())
         return metrics
 
-    def _measure(self, epochs_trained: int) -> None:
-        """Measures the stable ranks after so many epochs and tells the tracker; until the switch."""
+    def _track(self, epochs_trained: int) -> None:
+        """Tells the tracker the stable ranks after so many epochs; until the switch."""
         if self.phase.plan is not None:
             return
-        progress, kernels = self.progress, self.experiment.kernels
-
-        def measured() -> tuple[dict[str, Any], float]:
-            start = time.perf_counter()
-            ranks = cf.stable_ranks(self.state.params, kernels, method=self.config.ranks.method)
-            ranks = jax.device_get(ranks)
-            return {path: ranks[path].tolist() for path in kernels}, time.perf_counter() - start
-
-        ranks, self.rank_seconds = measured()
-        if not self.ranks_compiled:
-            first, (ranks, self.rank_seconds) = self.rank_seconds, measured()
-            progress.seconds["compile"] += max(0.0, first - self.rank_seconds)
-            self.ranks_compiled = True
-        progress.seconds["rank"] += self.rank_seconds
-        if not progress.stays_full_rank:
-            progress.tracker.update({path: ranks[path] for path in self.experiment.candidates})
+        ranks = self.meter.read()
+        self.progress.seconds["rank"] += self.rank_seconds
+        if not self.progress.stays_full_rank:
+            self.progress.tracker.update({path: ranks[path] for path in self.experiment.candidates})
         self.directory.append("ranks.jsonl", {"epoch": epochs_trained, **ranks})
 
     def _log(self, epoch: int, metrics: dict[str, Any]) -> None:
-        metrics["rank_seconds"] = self.rank_seconds if self.phase.plan is None else 0.0
+        metrics["rank_seconds"] = self.rank_seconds
         self.directory.append("metrics.jsonl", metrics)
         score = self.experiment.task.score
         shown = ("phase", "train_loss", "test_loss", "learning_rate", "examples_per_second")

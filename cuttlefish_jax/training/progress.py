@@ -7,7 +7,7 @@ from typing import Any
 
 from cuttlefish_jax import FactorizationPlan, RankTracker
 
-_SPENT_ON = ("full_rank", "low_rank", "rank", "profile", "switch", "compile")
+_KINDS = ("full_rank", "low_rank", "rank", "profile", "switch", "compile", "stall", "background")
 
 
 @dataclasses.dataclass
@@ -18,20 +18,23 @@ class Progress:
       tracker: the history of the stable ranks, and which layers have converged.
       epoch: the next epoch to train, counted from 0.
       plan: what is factorized; ``None`` in the full-rank phase.
+      foreseen: the plan whose programs were compiled ahead, near the switch.
       switch_epoch: the first low-rank epoch, ``None`` before the switch.
       stays_full_rank: whether the ranks missed their deadline, or no layer would have got smaller.
       best: epoch and metrics of the best validation score of the present phase.
-      seconds: time spent, by what it was spent on; none of it twice.
+      seconds: time spent, by what it was spent on, none of it twice; and ``"stall"``, all that training
+        waited for at the switch, and ``"background"``, compilation that nobody waited for.
       examples: training examples seen, by phase.
     """
 
     tracker: RankTracker
     epoch: int = 0
     plan: FactorizationPlan | None = None
+    foreseen: FactorizationPlan | None = None
     switch_epoch: int | None = None
     stays_full_rank: bool = False
     best: dict[str, Any] | None = None
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(_SPENT_ON, 0.0))
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
     examples: dict[str, int] = dataclasses.field(default_factory=lambda: dict(full_rank=0, low_rank=0))
 
     @property
@@ -55,7 +58,8 @@ class Progress:
         """The progress as JSON."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         record["tracker"] = self.tracker.to_state()
-        record["plan"] = None if self.plan is None else self.plan.to_json()
+        for name in ("plan", "foreseen"):
+            record[name] = None if record[name] is None else record[name].to_json()
         return record
 
     @classmethod
@@ -66,11 +70,9 @@ class Progress:
           record: the JSON.
           tracker: a fresh tracker with the run's criterion.
         """
-        plan = record["plan"]
-        return cls(
-            **record
-            | {
-                "tracker": RankTracker.from_state(tracker.criterion, record["tracker"]),
-                "plan": None if plan is None else FactorizationPlan.from_json(plan),
-            }
-        )
+        plans = {
+            name: None if record[name] is None else FactorizationPlan.from_json(record[name])
+            for name in ("plan", "foreseen")
+        }
+        tracker = RankTracker.from_state(tracker.criterion, record["tracker"])
+        return cls(**record | {"tracker": tracker, **plans})

@@ -19,11 +19,14 @@ class TrainState(train_state.TrainState):
       batch_stats: running statistics of batch norms, ``{}`` if there are none.
       ema_params: moving average of ``params``, or ``None``.
       key: the run's random key; it does not change, every step folds its number in.
+      rank_vectors: what the next measurement of the stable ranks starts from, see
+        :func:`cuttlefish_jax.initial_vectors`; ``{}`` if it starts from nothing.
     """
 
     batch_stats: Any
     ema_params: Any
     key: jax.Array
+    rank_vectors: Any
 
     @property
     def eval_variables(self) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def create_state(
     *,
     seed: int,
     ema: bool,
+    rank_vectors: Any = None,
 ) -> TrainState:
     """A state at random initialisation; a pure function, to be compiled or traced for its shapes.
 
@@ -48,6 +52,7 @@ def create_state(
       inputs: shapes and dtypes of the model's arguments.
       seed: of the initialisation and of everything random in training.
       ema: whether to keep a moving average of the parameters.
+      rank_vectors: what the first measurement of the stable ranks starts from; none by default.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, *(jnp.zeros(x.shape, x.dtype) for x in inputs), train=False)
@@ -59,4 +64,5 @@ def create_state(
         batch_stats=variables.get("batch_stats", {}),
         ema_params=jax.tree.map(lambda x: x.copy(), params) if ema else None,
         key=key,
+        rank_vectors=jax.tree.map(jnp.asarray, rank_vectors or {}),
     )

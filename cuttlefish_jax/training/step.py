@@ -113,13 +113,14 @@ class Compiled:
     Calls with more shapes are errors, not silent recompilations.
 
     Attributes:
-      compile_seconds: how long compilation took; 0.0 before the first call.
+      compile_seconds: how long compilation took that a call waited for; 0.0 before the first call.
     """
 
     def __init__(self, mapped: Any, *, num_shapes: int = 1):
         self._mapped = mapped
         self._num_shapes = num_shapes
         self._executables: dict[tuple, Any] = {}
+        self._inputs: list[tuple[Any, ...]] = []
         self.compile_seconds = 0.0
 
     @property
@@ -143,15 +144,45 @@ class Compiled:
     def _last(self) -> Any:
         return next(reversed(self._executables.values()))
 
+    @property
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """The data, as shapes and shardings, that it is compiled for."""
+        return list(self._inputs)
+
+    def compile_for(self, state: Any, *data: Any) -> Any:
+        """Compiles for arguments that may be ``jax.ShapeDtypeStruct``, with their shardings.
+
+        A later call with such arguments runs at once. It may be called by another thread, before the first
+        call.
+
+        Returns:
+          The executable, of JAX's stages.
+
+        Raises:
+          TypeError: for data of more shapes than there can be.
+        """
+        shapes = _shapes(data)
+        if len(self._executables) >= self._num_shapes:
+            known = ", ".join(map(str, self._executables))
+            raise TypeError(f"data of shapes {shapes}; the step was compiled for {known} alone")
+        executable = self._executables[shapes] = self._mapped.lower(state, *data).compile()
+        self._inputs.append(abstract(data))
+        return executable
+
     def __call__(self, *args: Any) -> Any:
         """Runs the function on ``(state, *data)``. Data of a new shape is compiled for first."""
-        shapes = tuple(array.shape for array in jax.tree.leaves(args[1:]))
-        executable = self._executables.get(shapes)
+        executable = self._executables.get(_shapes(args[1:]))
         if executable is None:
-            if len(self._executables) >= self._num_shapes:
-                known = ", ".join(map(str, self._executables))
-                raise TypeError(f"data of shapes {shapes}; the step was compiled for {known} alone")
             start = time.perf_counter()
-            executable = self._executables[shapes] = self._mapped.lower(*args).compile()
+            executable = self.compile_for(*args)
             self.compile_seconds += time.perf_counter() - start
         return executable(*args)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays on the devices, without them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _shapes(data: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape for array in jax.tree.leaves(data))

@@ -196,7 +196,7 @@ NAN = float("nan")
         ("switch.if_never", ["fail"], "one of full_rank, switch"),
         ("switch.optimizer", ["keep"], "one of carry, reset"),
         ("switch.learning_rate", ["warm"], "one of continue, rewarmup, restart"),
-        ("ranks.method", ["svd"], "one of exact, lanczos"),
+        ("ranks.method", ["svd"], "one of warm, lanczos, exact"),
         ("data.interpolation", ["nearest"], "one of bilinear, bicubic"),
         (
             "plan.rank_rule",

@@ -1,0 +1,57 @@
+"""Measures the stable ranks of a training state without making the devices wait for the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+import cuttlefish_jax as cf
+from cuttlefish_jax.training.state import TrainState
+
+
+class RankMeter:
+    """Starts measurements and reads them.
+
+    A measurement is started behind the last step of an epoch, while that is still under way. Its vectors are
+    a part of the state, so that a run which was interrupted goes on with the very numbers.
+
+    Args:
+      kernels: what is measured.
+      method: ``"warm"``, from the vectors of the last measurement; ``"lanczos"``, ``"exact"``: from nothing.
+    """
+
+    def __init__(self, kernels: Mapping[str, cf.Kernel], method: str):
+        self._kernels = kernels
+        self._method = method
+        self._started: dict[str, Any] = {}
+
+    @property
+    def initial_vectors(self) -> dict[str, Any]:
+        """``TrainState.rank_vectors`` before the first measurement."""
+        return dict(cf.initial_vectors(self._kernels)) if self._method == "warm" else {}
+
+    def start(self, state: TrainState) -> TrainState:
+        """Starts a measurement, without waiting for it; the state with the vectors of the next one."""
+        if self._method != "warm":
+            self._started = cf.stable_ranks(state.params, self._kernels, method=self._method)  # pyright: ignore[reportArgumentType]
+            return state
+        self._started, vectors = cf.warm_stable_ranks(state.params, self._kernels, state.rank_vectors)
+        return state.replace(rank_vectors=vectors)
+
+    def wait(self) -> float:
+        """Seconds until the measurement that was started is done.
+
+        Called as soon as all work that was started before is known to be done, as after an epoch, it is what
+        the measurement itself takes on the devices.
+        """
+        start = time.perf_counter()
+        jax.block_until_ready(self._started)
+        return time.perf_counter() - start
+
+    def read(self) -> dict[str, Any]:
+        """``{path: stable rank}``, plain numbers, or lists of them for stacked layers."""
+        ranks = jax.device_get(self._started)
+        return {path: ranks[path].tolist() for path in self._kernels}
