@@ -39,9 +39,10 @@ def project_second_moment(
 
     The entries of one gradient are correlated, and what the factors see of them adds up: along the leading
     singular vectors to many times that, and Adam's steps would be as much too large until its average has
-    forgotten. The first moment, which maps exactly, shows by how much: column ``j`` of :math:`S (V^2)^T` is
-    multiplied by :math:`c_j = \max(1, \|M V_j^T\|^2 / \sum M^2 (V_j^2)^T)`, rows of the other factor alike.
-    As ``M`` is but one sum of gradients, whose chance must not make steps large, no ``c`` is below 1.
+    forgotten. The first moment :math:`M`, which maps exactly, shows by how much: column ``j`` of
+    :math:`S (V^2)^T` is multiplied by :math:`\|M V_j^T\|^2 / \sum M^2 (V_j^2)^T`, rows of the other factor
+    alike. As ``M`` is but one sum of gradients, whose chance must not make steps large, the outcome is no
+    less than what follows from the mean alone, :math:`(S - M^2)(V^2)^T + (M V^T)^2` (LDAdam).
 
     Args:
       tree: means of squared gradients in the structure of the full-rank params.
@@ -51,6 +52,9 @@ def project_second_moment(
 
     Returns:
       The tree in the structure of ``params_low``.
+
+    References:
+      Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, ICLR 2025: the mean apart.
     """
     factors = factor_matrices(params_low, plan)
     if momentum is None:
@@ -83,15 +87,17 @@ def _second_moment(w, u, v):
 
 
 def _correlated_second_moment(w, u, v, m):
-    uncorrelated = _second_moment(w, u, v)
-    of_u, of_v = _momentum(m, u, v)
-    expected_u, expected_v = _second_moment(jnp.square(m), u, v)
+    square = jnp.square(m)
+    apart = _second_moment(jnp.maximum(w - square, 0), u, v)
 
-    def ratio(axis, found, expected):
-        found, expected = (jnp.sum(x, axis, keepdims=True) for x in (jnp.square(found), expected))
-        return jnp.maximum(1, found / jnp.where(expected > 0, expected, jnp.inf))
+    def corrected(axis, uncorrelated, of_mean, expected, apart):
+        found, expected = (jnp.sum(x, axis, keepdims=True) for x in (jnp.square(of_mean), expected))
+        ratio = found / jnp.where(expected > 0, expected, jnp.inf)
+        return jnp.maximum(uncorrelated * ratio, apart + jnp.square(of_mean))
 
-    return uncorrelated[0] * ratio(-2, of_u, expected_u), uncorrelated[1] * ratio(-1, of_v, expected_v)
+    parts = _second_moment(w, u, v), _momentum(m, u, v), _second_moment(square, u, v), apart
+    of_u, of_v = zip(*parts, strict=True)
+    return corrected(-2, *of_u), corrected(-1, *of_v)
 
 
 def _average(w, inverse, v):

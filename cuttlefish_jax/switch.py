@@ -20,10 +20,22 @@ from cuttlefish_jax.kernels import subtree, unboxed
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 # What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
+_LINEAR = ("trace", "mu", "ema", "acc_grads", "momentum", "m", "m1", "m2", "exp_avg", "grad_sum")
+_SQUARES = ("nu", "nu_max", "sum_of_squares", "v", "e_g", "exp_avg_sq", "grad_sum_sq")
+_AVERAGES = ("z", "params", "slow", "fast", "x0", "params0", "init_params", "cache")
 _PROJECTIONS = {
-    **dict.fromkeys(("trace", "mu", "ema", "acc_grads", "momentum", "m"), moments.project_momentum),
-    **dict.fromkeys(("nu", "nu_max", "sum_of_squares", "v"), moments.project_second_moment),
-    **dict.fromkeys(("z", "params", "slow", "fast"), moments.project_average),
+    **dict.fromkeys((*_LINEAR, "previous_gradient"), moments.project_momentum),
+    **dict.fromkeys(_SQUARES, moments.project_second_moment),
+    **dict.fromkeys(_AVERAGES, moments.project_average),
+}
+# Where they mean something else.
+_OF_TYPE = {
+    "ScaleByAdanState": {
+        **dict.fromkeys(("v", "g"), moments.project_momentum),
+        "n": moments.project_second_moment,
+    },
+    "ScaleBySimplifiedAdEMAMixState": {"n": moments.project_second_moment},
+    "MadgradState": {"s": moments.project_momentum},
 }
 
 
@@ -100,8 +112,8 @@ def switch(
 
 def carry_opt_state(
     opt_state: Any,
-    params: Mapping[str, Any],
-    params_low: Mapping[str, Any],
+    params: Any,
+    params_low: Any,
     tx: optax.GradientTransformation,
     plan: FactorizationPlan,
 ) -> Any:
@@ -114,8 +126,8 @@ def carry_opt_state(
 
     Args:
       opt_state: the state of any optax chain over ``params``.
-      params: the full-rank params.
-      params_low: ``factorize_params(params, plan)``.
+      params: the full-rank params; for ``optax.lookahead``, its pair of them.
+      params_low: ``factorize_params(params, plan)``; or the pair of these.
       tx: the low-rank phase's optimizer.
       plan: the plan.
 
@@ -135,13 +147,16 @@ def carry_opt_state(
             for path, leaf in kernels
         )
 
+    given = params_low
+    if isinstance(params, optax.LookaheadParams):  # whose fast half the optimizer inside sees
+        params, params_low = params.fast, params_low.fast
     nodes = dict(_named_leaves((opt_state,), is_params_like))
     old: dict[tuple[str, ...], Any] = {}
     for name, node in nodes.items():
         if (part := _as_params(node, params)) is None:
             old[name] = node
             continue
-        if (projection := _PROJECTIONS.get(name[-1] if name else "")) and can_project(part):
+        if (projection := _projection(name)) and can_project(part):
             if projection is moments.project_second_moment:
                 # Adam's: the mean of the same gradients, which tells how they are correlated.
                 mean = _as_params(nodes.get((*name[:-1], "mu")), params)
@@ -149,7 +164,7 @@ def carry_opt_state(
             part = projection(part, params_low, plan)
         old.update(_named_leaves(part, prefix=name))  # unprojected: what belongs to unchanged layers is kept
 
-    fresh, treedef = jax.tree.flatten(tx.init(params_low))
+    fresh, treedef = jax.tree.flatten(tx.init(given))
     names = [name for name, _ in _named_leaves((jax.tree.unflatten(treedef, fresh),))]
     fits = [
         name in old and jnp.shape(old[name]) == jnp.shape(leaf)
@@ -163,6 +178,12 @@ def carry_opt_state(
             for name, leaf, fit in zip(names, fresh, fits, strict=True)
         ],
     )
+
+
+def _projection(name: tuple[str, ...]) -> Callable[..., Any] | None:
+    """How a part of an optimizer's state that has the structure of the params is mapped, if at all."""
+    *_, kind, field = ("", "", *name)
+    return _OF_TYPE.get(kind.partition("#")[0], {}).get(field) or _PROJECTIONS.get(field)
 
 
 def _named_leaves(
