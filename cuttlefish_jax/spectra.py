@@ -112,13 +112,13 @@ def warm_stable_ranks(
 ) -> tuple[dict[str, Float[Array, "*stack"]], dict[str, Float[Array, "*stack 4 min_mn"]]]:
     r"""Stable rank of every kernel's matrix, from the singular vectors of the last time it was measured.
 
-    The same number as :func:`stable_ranks` to about 0.3 %, for 3 to 5 passes over the weights while they
-    change as in training, and some 25 at the start. The largest singular value is found by block LOBPCG on
-    the Gram matrix of the smaller side, which is not formed, and stops for each kernel when
+    The same number as :func:`stable_ranks` to about 0.3 %, for some 25 passes over the weights at the start,
+    10 after the first epoch and 3 to 5 later, when they change less. The largest singular value is found by
+    block LOBPCG on the Gram matrix of the smaller side, which is not formed, and stops for each kernel when
     :math:`\sigma_1^2` is good to 1 % by a bound that is itself far off (``python
-    benchmarks/rank_estimation.py`` measures the errors). It is a lower bound, so the stable rank can only
-    come out too high. If in one step a singular value that was far from the first overtakes it, while the
-    old first vector stays one, this can go unnoticed for a few measurements.
+    benchmarks/rank_estimation.py --train quickstart`` measures errors and passes). It is a lower bound, so
+    the stable rank can only come out too high. If in one step a singular value that was far from the first
+    overtakes it, while the old first vector stays one, this can go unnoticed for a few measurements.
 
     Nothing is gathered: the weights stay as they are sharded.
 

@@ -137,8 +137,9 @@ def test_one_that_comes_from_nowhere_is_found_in_a_few_measurements():
     before, after = (((u * s) @ v.T + noise).astype(np.float32) for s in ([2.0, 0.0], [2.0, 2.5]))
     kernels = Kernels((dense("x", 120, 80),))
     _, vectors = warm_stable_ranks(tree({"x": before}), kernels, initial_vectors(kernels))
-    for _ in range(4):
-        ranks, vectors = warm_stable_ranks(tree({"x": after}), kernels, vectors)
+    for _ in range(3):
+        _, vectors = warm_stable_ranks(tree({"x": after}), kernels, vectors)
+    ranks, _ = warm_stable_ranks(tree({"x": after}), kernels, vectors)
     np.testing.assert_allclose(ranks["x"], svd_stable_ranks({"x": after}, kernels)["x"], rtol=5e-3)
 
 
