@@ -14,6 +14,7 @@ from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.plan.planning import make_plan
 from cuttlefish_jax.plan.rank_rules import (
     AccumulativeRank,
+    EffectiveRank,
     EnergyRank,
     LargestOf,
     RankRatio,
@@ -44,6 +45,7 @@ __all__ = [
     "Budget",
     "BudgetUse",
     "Criterion",
+    "EffectiveRank",
     "EnergyRank",
     "FLOPs",
     "FactorizationPlan",

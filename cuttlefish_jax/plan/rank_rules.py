@@ -189,6 +189,44 @@ class EnergyRank(RankRule):
 
 
 @dataclasses.dataclass(frozen=True)
+class EffectiveRank(RankRule):
+    r"""The exponential of the entropy of the singular values, taken for probabilities, rounded up.
+
+    .. math:: r = \lceil \exp(-\sum_i p_i \ln p_i) \rceil, \quad p_i = \sigma_i / \sum_j \sigma_j
+
+    Of ``k`` equal singular values and zeros it is ``k``.
+
+    Example:
+      >>> import numpy as np
+      >>> from cuttlefish_jax.kernels import Kernel
+      >>> kernel = Kernel(path="fc", layer="Dense", shape=(3, 3), reduction_axes=(0,), output_axes=(1,))
+      >>> EffectiveRank().rank(Measured(kernel=kernel, singular_values=np.array([6.0, 1.0, 1.0])))
+      3
+      >>> EffectiveRank().rank(Measured(kernel=kernel, singular_values=np.array([6.0, 1.0, 0.0])))
+      2
+
+    References:
+      Roy and Vetterli, `The effective rank: A measure of effective dimensionality
+      <https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf>`_, EUSIPCO 2007.
+    """
+
+    @property
+    def needs_singular_values(self) -> bool:
+        """Yes."""
+        return True
+
+    def rank(self, measured: Measured) -> int:
+        """See :meth:`RankRule.rank`."""
+        sigmas = _singular_values_of(measured)
+        # Scaled first, so that no sum overflows; the share of a zero is a zero, whatever the others are.
+        largest = np.max(sigmas, axis=-1, keepdims=True)
+        shares = sigmas / np.where(largest > 0, largest, 1)
+        shares = shares / np.maximum(np.sum(shares, axis=-1, keepdims=True), 1)
+        entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1)), axis=-1)
+        return round_up(float(np.max(np.exp(entropy))))
+
+
+@dataclasses.dataclass(frozen=True)
 class RankRatio(RankRule):
     r"""A fixed share of the full rank, rounded down: :math:`r = \lfloor \min(m, n) \cdot ratio \rfloor`.
 

@@ -30,6 +30,7 @@ RANK_RULES: Mapping[str, Callable[[Any], cf.RankRule]] = {
     "vanilla_stable_rank": lambda config: cf.StableRank(),
     "accumulative_rank": lambda config: cf.AccumulativeRank(),
     "energy": lambda config: cf.EnergyRank(),
+    "effective_rank": lambda config: cf.EffectiveRank(),
     "rank_ratio": lambda config: cf.RankRatio(config.rank_ratio),
 }
 

@@ -122,14 +122,40 @@ def test_the_energy_rank_bounds_the_error(sigmas, p):
         assert np.sum(scaled[: rank - 1] ** 2) < p * np.sum(scaled**2)
 
 
-def test_energies_of_huge_and_tiny_values():
-    for scale in (1e-200, 1.0, 1e200):
-        assert cf.EnergyRank(0.9).rank(spectrum_of(6 * scale, 3 * scale, scale)) == 2
+def test_energies_and_entropies_of_huge_and_tiny_values():
+    for scale in (1e-200, 1.0, 1e200, 8e307):
+        assert cf.EnergyRank(0.9).rank(spectrum_of(2 * scale, scale, scale / 3)) == 2
+        assert cf.EffectiveRank().rank(spectrum_of(2 * scale, scale, scale / 3)) == 3
+
+
+# Roy and Vetterli, EUSIPCO 2007: between 1 and the rank, the rank itself where all singular values are equal.
+@pytest.mark.parametrize(
+    ("sigmas", "rank"),
+    [
+        ((3,), 1),
+        ((1,) * 7, 7),
+        ((0.3,) * 7 + (0,) * 5, 7),  # a whole number up to rounding is that number
+        ((1, 0, 0), 1),
+        ((4, 2, 1, 1), 4),  # exp(1.2130), 3.3636
+        ((8, 1, 1), 2),  # exp(0.6390), 1.8946
+        ((1, 8, 1), 2),  # in any order
+        ((1e-30, 1), 1),
+    ],
+)
+def test_golden_effective_ranks(sigmas, rank):
+    assert cf.EffectiveRank().rank(spectrum_of(*sigmas)) == rank
+
+
+def test_the_effective_rank_is_below_the_rank_and_above_the_stable_rank():
+    for decay in (0.0, 0.05, 0.5):
+        sigmas = np.exp(-decay * np.arange(40))
+        rank = cf.EffectiveRank().rank(spectrum_of(*sigmas))
+        assert np.sum(sigmas**2) <= rank <= 40
 
 
 def test_copies_of_a_stack_share_the_largest_rank():
     sigmas = {"blocks/fc": np.array([[1] + [0] * 9, [1] * 3 + [0] * 7, [1] * 2 + [0] * 8], np.float32)}
-    for rule in (cf.AccumulativeRank(1.0), cf.EnergyRank(1.0)):
+    for rule in (cf.AccumulativeRank(1.0), cf.EnergyRank(1.0), cf.EffectiveRank()):
         rules = [cf.Rule("st*", keep=True)]
         plan = cf.make_plan(NETWORK, rank_rule=rule, rules=rules, singular_values=sigmas)
         assert plan.ranks == {"blocks/fc": 3}
@@ -139,7 +165,7 @@ def test_a_spectrum_of_zeros_is_that_of_a_zero_kernel():
     kernel = dense("fc", 4, 6)
     kernels = network(kernel)
     sigmas = {path: np.zeros(k.max_rank) for path, k in kernels.items()}
-    for rule in (cf.AccumulativeRank(), cf.EnergyRank()):
+    for rule in (cf.AccumulativeRank(), cf.EnergyRank(), cf.EffectiveRank()):
         assert rule.rank(spectrum_of(0.0, 0.0)) == 1
         plan = cf.make_plan(kernels, rank_rule=rule, singular_values=sigmas)
         assert plan.kept["fc"] == "its kernel is zero"
@@ -242,6 +268,7 @@ def test_rules_are_values():
         (cf.StableRank(), "stable ranks: pass ranks_t=cf.stable_ranks(params, kernels)"),
         (cf.AccumulativeRank(), "singular values: pass singular_values=cf.singular_values(params, kernels)"),
         (cf.EnergyRank(), "singular values: pass singular_values=cf.singular_values(params, kernels)"),
+        (cf.EffectiveRank(), "singular values: pass singular_values=cf.singular_values(params, kernels)"),
         (
             cf.LargestOf((cf.RankRatio(), cf.EnergyRank())),
             "singular values: pass singular_values=cf.singular_values(params, kernels)",
