@@ -5,11 +5,10 @@
 
 Trains on Fashion-MNIST with every method and seed, in turn, each run a process of train.py of its own.
 ``cuttlefish`` has the ranks of the paper's rule, ``budget`` as many parameters as --budget allows. The
-accuracy to reach is the mean of the full-rank network's last three test accuracies with the same seed. Time
-is that of training, of measuring ranks and layers, and of the switch; of an epoch that is evaluated it is
-known when it ended. "s to accuracy" is the end of the first epoch that reaches the accuracy, or comes within
-0.3 points of it. Compilation, evaluation and the writing of checkpoints are not in it: compiling stands
-beside it.
+accuracy to reach is the mean of the full-rank network's last three test accuracies with the same seed, and "s
+to accuracy" the end of the first evaluated epoch that reaches it, or comes within 0.3 points of it. Time is
+that of training, of measuring ranks and layers, and of the switch, without compilation, evaluation and the
+writing of checkpoints. "stall s" is what the run waited for at the switch, compiling included.
 
 The table is written anew after every run. Runs that are finished in --out are not run again. What follows
 ``--`` goes to every run.
@@ -149,6 +148,7 @@ def row(experiment: str, method: str, pairs: Sequence[tuple[Mapping[str, Any], .
         "x faster to within 0.3": faster(within),
         "measuring layers s": statistics.median(done["summary"]["profile_seconds"] for done in runs),
         "switch s": statistics.median(done["summary"]["switch_seconds"] for done in runs),
+        "stall s": statistics.median(done["summary"]["switch_stall_seconds"] or 0.0 for done in runs),
     }
 
 
