@@ -7,6 +7,7 @@ The same command goes on with a run that was interrupted. Exit status: 0 when th
 settings, data or files that need mending (one line says what), 1 for a fault of the program.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, e
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "where everything is written; default runs/<name of the config>"
 )
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "where compiled programs are kept for the next run; default JAX_COMPILATION_CACHE_DIR, or a folder in "
+    "the user's cache; empty for none",
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one process per host: a TPU pod, or a SLURM job")
 
 
@@ -31,6 +38,7 @@ def main(argv: list[str]) -> int:
         return _refuse(f"unexpected arguments {' '.join(argv[1:])}: settings are given as --config.key=value")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+    _use_cache(_CACHE.value)
     config = _CONFIG.value
     try:
         name = config.name
@@ -41,6 +49,15 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return _refuse(str(error))
     return 0
+
+
+def _use_cache(folder: str | None) -> None:
+    if folder is None:
+        if jax.config.values["jax_compilation_cache_dir"]:  # of the environment
+            return
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(home) / "cuttlefish_jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def _parse(argv: list[str]) -> list[str]:

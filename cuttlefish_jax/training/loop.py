@@ -182,7 +182,8 @@ class _Run:
 
     def _next_switch(self, epochs_trained: int) -> int | None:
         """The epoch before which the switch will come, if that is in one or two epochs."""
-        tracker, last_call = self.progress.tracker, deadline(self.config)
+        tracker = self.progress.tracker
+        last_call = deadline(self.config) if self.config.switch.if_never == "switch" else None
         for epochs in (1, 2):
             epoch = epochs_trained + epochs
             if tracker.switch_epoch is not None:

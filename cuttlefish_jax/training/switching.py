@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import cuttlefish_jax as cf
@@ -84,10 +83,12 @@ class Switcher:
         """
         if self._ahead is not None and self._ahead[0] == self._key(plan, epoch):
             return self._ahead[1].result(), True
+        if self._ahead is not None:
+            self._ahead[1].cancel()
         return self._compile(plan, epoch, _inputs(full), abstract(state)), False
 
     def close(self) -> None:
-        """Forgets what has not begun. What is being compiled cannot be stopped, and nobody waits for it."""
+        """Forgets what has not begun. What is being compiled cannot be stopped: the process ends after it."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -108,9 +109,7 @@ class Switcher:
         def convert(state: TrainState) -> TrainState:
             state = cf.switch(state, plan, phase.tx, apply_fn=phase.model.apply)
             if forgets:
-                # The moments are forgotten; the counters, which the learning rate follows, are not.
-                zeroed = optax.tree_map_params(phase.tx, jnp.zeros_like, state.opt_state)
-                state = state.replace(opt_state=zeroed)
+                state = state.replace(opt_state=_forgotten(phase.tx, state))
             return state.replace(rank_vectors={})
 
         lowered = jax.jit(convert, out_shardings=self._sharding).lower(state)
@@ -144,6 +143,20 @@ def nearly_equal(foreseen: cf.FactorizationPlan, plan: cf.FactorizationPlan, tol
         return False
     return all(
         abs(foreseen.ranks[path] - rank) <= max(1, tolerance * rank) for path, rank in plan.ranks.items()
+    )
+
+
+def _forgotten(tx: optax.GradientTransformation, state: TrainState) -> Any:
+    """A new state of the optimizer, but for the step that the learning rate follows."""
+
+    def is_schedule(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda new, old: old if is_schedule(new) else new,
+        tx.init(state.params),
+        state.opt_state,
+        is_leaf=is_schedule,
     )
 
 
