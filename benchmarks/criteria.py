@@ -7,8 +7,8 @@
 
 The first replays every criterion on stable ranks that were recorded in full-rank training. One that gives no
 verdict by the deadline of the configuration switches there, as train.py would. ``reference`` is the detector
-of the paper's implementation with the preset for that kind of network; ``every layer's plateau`` waits for
-each layer by itself, and ``marginal benefit`` weighs what a switch would save against what waiting would.
+of the paper's implementation with the preset for that kind of network; ``mean layer's plateau`` waits for the
+layers on average, and ``marginal benefit`` weighs what a switch would save against what waiting would.
 
 ``--record`` first trains every network full-rank to the end, once for each seed, and leaves the stable ranks
 in --trajectories. ``--train`` trains again too, and switches where the criteria say and, for comparison, at
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from common import report
-from criteria_prototypes import EveryLayer, MarginalBenefit
+from criteria_prototypes import MarginalBenefit, MeanPlateau
 from criteria_runs import NETWORKS, Places, train
 
 import cuttlefish_jax as cf
@@ -47,14 +47,14 @@ SHARES = (0.1, 0.3, 0.7)
 Key = tuple[str, int, "int | None"]  # network, seed, epoch of the switch
 
 
-CRITERIA = ("relative plateau", "every layer's plateau", "marginal benefit", "reference")
+CRITERIA = ("relative plateau", "mean layer's plateau", "marginal benefit", "reference")
 
 
 def criterion(name: str, network: str, kernels: cf.Kernels, epochs: int) -> cf.Criterion:
     """One of CRITERIA, for a run of so many epochs."""
     made: dict[str, cf.Criterion] = {
         "relative plateau": cf.RelativePlateau(),
-        "every layer's plateau": EveryLayer(),
+        "mean layer's plateau": MeanPlateau(),
         "marginal benefit": MarginalBenefit.of(kernels, epochs=epochs),
         "reference": NETWORKS[network].reference,
     }

@@ -10,15 +10,27 @@ from typing import Any
 import numpy as np
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.criteria import trend
 from cuttlefish_jax.plan.rank_rules import gaussian_scale
 
 Series = Any  # (path, index in the stack)
 History = np.ndarray  # f64[t]
 
 
-@dataclasses.dataclass(frozen=True)
-class EveryLayer:
-    """Waits for the plateau of every layer; one that was once on its plateau counts as there from then on."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanPlateau:
+    """The plateau of the mean layer: stable, all at once, when slopes and margins are small on average.
+
+    One restless layer does not hold up the others then, and a deep network waits no longer than a shallow
+    one.
+
+    Attributes:
+      max_slope: largest relative change per epoch that counts as converged, in the mean over the layers.
+      min_window: measurements that it takes at least.
+    """
+
+    max_slope: float = 0.02
+    min_window: int = 5
 
     @property
     def delay(self) -> int:
@@ -27,9 +39,14 @@ class EveryLayer:
 
     def newly_stable(self, histories: Mapping[Series, History], stable: Collection[Series]) -> set[Series]:
         """See :class:`cuttlefish_jax.Criterion`."""
-        alone = cf.RelativePlateau()
-        pending = {name: history for name, history in histories.items() if name not in stable}
-        return {name for name, x in pending.items() if alone.newly_stable({name: x}, ())}
+        length = min(len(history) for history in histories.values())
+        for window in range(self.min_window, length + 1):
+            found = [trend(history[-window:]) for history in histories.values()]
+            slope = float(np.mean([abs(slope) for slope, _ in found]))
+            margin = float(np.mean([margin for _, margin in found]))
+            if margin <= self.max_slope / 2:
+                return set(histories) - set(stable) if slope + margin <= self.max_slope else set()
+        return set()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

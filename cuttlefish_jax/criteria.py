@@ -8,6 +8,7 @@ after ``i`` epochs of training; measurement 0 is the initialisation.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
@@ -45,26 +46,27 @@ class Criterion(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelativePlateau:
-    r"""Stable when the ranks change by less than 2 % per epoch, with 95 % confidence. Nothing to tune.
+    r"""Stable when the rank changes by less than 2 % per epoch, with 95 % confidence. Nothing to tune.
 
-    A straight line is fitted to each layer's :math:`\log \rho` over the last ``w`` measurements. Its slope
-    :math:`b` is the relative change per epoch, and the scatter around the line gives the slope's standard
-    error :math:`s`. The layers are stable, all of them at once, when in the mean over them
+    A straight line is fitted to :math:`\log \rho` over the last ``w`` measurements. Its slope :math:`b` is
+    the relative change per epoch, and the scatter around the line gives the slope's standard error :math:`s`.
+    A layer is stable when
 
-    .. math:: \operatorname{mean}(|b| + t_{w-2} \, s) \le \text{max\_slope}
+    .. math:: |b| + t_{w-2} \, s \le \text{max\_slope}
 
     with Student's :math:`t` at 97.5 %. The window is the shortest, from ``min_window`` on, that determines
-    the slopes to half of ``max_slope`` (:math:`\operatorname{mean}(t_{w-2} \, s) \le \text{max\_slope} / 2`);
-    if there is none, there is no verdict. Smooth histories are therefore judged by their last five
-    measurements, whatever came before, noisy ones by as many as it takes to tell a trend from noise.
+    the slope to half of ``max_slope`` (:math:`t_{w-2} \, s \le \text{max\_slope} / 2`); if there is none,
+    there is no verdict. A smooth history is therefore judged by its last five measurements, whatever came
+    before, a noisy one by as many as it takes to tell a trend from noise.
 
-    What it guarantees when it fires: there was a window of at least ``min_window`` measurements in which the
-    stable ranks drifted by less than ``max_slope`` per epoch in the mean over the layers, with 95 %
-    confidence if the scatter around the trend is independent from epoch to epoch. Rises and falls do not
-    cancel. It is the mean and not the last layer that counts, or a single restless one would hold up all the
-    others, and a deep network, which has more of them, would wait longer than a shallow one. Only ratios
-    count: scaling a history changes nothing. It cannot look ahead: ranks that rest under a long learning-rate
-    warm-up count as stable then, and a later change of the learning rate may set them moving again.
+    What it guarantees when it fires: each layer has had a window of at least ``min_window`` measurements in
+    which its stable rank drifted by less than ``max_slope`` per epoch, with 95 % confidence if the scatter
+    around the trend is independent from epoch to epoch. Only ratios count: scaling a history changes nothing.
+    In the recorded runs of ``tests/data/trajectories`` it fires at epoch 11 to 17 of 30 (ResNets and a VGG on
+    digits and Fashion-MNIST, cosine and step schedules) and at 26 and 27 of 40 (a DeiT and a ResMLP), every
+    layer's rank within 8 % of its last one.
+    It cannot look ahead: a layer that rests under a long learning-rate warm-up counts as stable then, and a
+    later change of the learning rate may set it moving again.
 
     Attributes:
       max_slope: largest relative change per epoch that counts as converged.
@@ -74,10 +76,8 @@ class RelativePlateau:
       >>> import numpy as np
       >>> from cuttlefish_jax.criteria import RelativePlateau
       >>> falling, flat = 100 * 0.95 ** np.arange(9), 60 + np.cos(np.arange(9.0))
-      >>> sorted(RelativePlateau().newly_stable({"flat": flat}, stable=()))
-      ['flat']
       >>> sorted(RelativePlateau().newly_stable({"falling": falling, "flat": flat}, stable=()))
-      []
+      ['flat']
     """
 
     max_slope: float = 0.02
@@ -98,43 +98,36 @@ class RelativePlateau:
         self, histories: Mapping[Series, Float64[np.ndarray, " t"]], stable: Collection[Series]
     ) -> set[Series]:
         """See :meth:`Criterion.newly_stable`."""
-        is_flat = self._is_flat(np.stack([*histories.values()]))
-        return {name for name in histories if name not in stable} if is_flat else set()
+        return {name for name, x in histories.items() if name not in stable and self._is_flat(x)}
 
-    def _is_flat(self, histories: Float64[np.ndarray, "layers t"]) -> bool:
-        for window in range(self.min_window, histories.shape[1] + 1):
-            last = histories[:, -window:]
-            # A matrix of zeros rests; of one that comes to life there is no relative change to speak of.
-            alive = last[last.any(axis=1)]
-            if not np.all(alive > 0):
-                return False
-            slopes, margins = trend(alive)
-            margin = margins.sum() / len(last)
+    def _is_flat(self, history: Float64[np.ndarray, " t"]) -> bool:
+        for window in range(self.min_window, len(history) + 1):
+            last = history[-window:]
+            if not np.all(last > 0):  # a matrix of zeros: there is no relative change to speak of
+                return not np.any(last)
+            slope, margin = trend(last)
             if margin <= self.max_slope / 2:
-                return bool(np.abs(slopes).sum() / len(last) + margin <= self.max_slope)
+                return abs(slope) + margin <= self.max_slope
         return False
 
 
-def trend(
-    history: Float64[np.ndarray, "*layers t"],
-) -> tuple[Float64[np.ndarray, "*layers"], Float64[np.ndarray, "*layers"]]:
+def trend(history: Float64[np.ndarray, " t"]) -> tuple[float, float]:
     """Relative change per measurement, and the half-width of its 95 % confidence interval.
 
     Args:
-      history: three or more positive numbers along the last axis.
+      history: three or more positive numbers.
 
     Returns:
       Slope of the least-squares line through ``log(history)``, and 97.5 % Student quantile times its standard
       error as estimated from the residuals.
     """
     y = np.log(history)
-    length = y.shape[-1]
-    x = np.arange(length) - (length - 1) / 2
-    norm = length * (length**2 - 1) / 12  # of x, squared
-    slope = y @ x / norm
-    residuals = y - y.mean(-1, keepdims=True) - slope[..., None] * x
-    error = np.sqrt(np.sum(residuals**2, axis=-1) / ((length - 2) * norm))
-    return slope, _student_quantile(length - 2) * error
+    x = np.arange(len(y)) - (len(y) - 1) / 2
+    slope = np.dot(x, y) / np.dot(x, x)
+    residuals = y - y.mean() - slope * x
+    freedom = len(y) - 2
+    error = math.sqrt(np.dot(residuals, residuals) / freedom / np.dot(x, x))
+    return float(slope), _student_quantile(freedom) * error
 
 
 def _student_quantile(freedom: int) -> float:

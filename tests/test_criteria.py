@@ -137,27 +137,6 @@ def test_a_long_fall_and_rise_is_no_plateau():
     assert switch_epoch(ranks, RelativePlateau()) is None
 
 
-def test_one_restless_layer_does_not_hold_up_the_others_but_half_of_them_do():
-    flat, restless = [30.0] * 12, [30 * 0.94**i for i in range(12)]
-    layers = {f"flat{i}": flat for i in range(9)}
-    assert replay({"restless": restless}, RelativePlateau()).switch_epoch is None
-    assert replay(layers | {"restless": restless}, RelativePlateau()).switch_epoch == 4
-    half = layers | {f"restless{i}": restless for i in range(9)}
-    assert replay(half, RelativePlateau()).switch_epoch is None
-
-
-def test_rises_and_falls_do_not_cancel():
-    histories = {"up": [30 * 1.05**i for i in range(12)], "down": [30 / 1.05**i for i in range(12)]}
-    assert replay(histories, RelativePlateau()).switch_epoch is None
-
-
-def test_a_deeper_network_of_such_layers_does_not_wait_longer():
-    histories = {i: 30 + 200 * 0.7 ** np.arange(25) + noisy_trend(0, 0.02, i, 25) / 100 for i in range(4)}
-    deep = {(i, copy): x for i, x in histories.items() for copy in range(10)}
-    epoch = replay(histories, RelativePlateau()).switch_epoch
-    assert epoch is not None and replay(deep, RelativePlateau()).switch_epoch == epoch
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.floats(1.0, 500.0), min_size=5, max_size=15),

@@ -10,7 +10,7 @@ from cuttlefish_jax.tracker import RankTracker
 # The recorded runs and the epochs between which their switch has to come.
 EXPECTED_SWITCH = {
     "digits_resnet_seed?.json": (9, 15),
-    "fashion_mnist_resnet18_cosine.json": (9, 15),
+    "fashion_mnist_resnet18_cosine.json": (12, 20),
     "fashion_mnist_resnet18_steps.json": (12, 20),  # the second cut of the learning rate is at 22
     "resnet18_seed?.json": (9, 15),
     "vgg19_seed?.json": (9, 18),
@@ -34,12 +34,12 @@ def test_every_recorded_trajectory_switches_when_it_should():
 
 
 def test_the_ranks_at_the_switch_are_those_of_the_end():
-    """What a plateau is wanted for, in each recorded run."""
+    """What a plateau is wanted for; in each recorded run, for each layer."""
     for file in TRAJECTORIES.glob("*.json"):
         history = load_trajectory(file)
         epoch = replay(history, RelativePlateau()).switch_epoch
-        drift = [abs(ranks[-1] / ranks[epoch] - 1) for ranks in history.values()]
-        assert np.mean(drift) <= 0.06 and max(drift) <= 0.15, file.name
+        for path, ranks in history.items():
+            assert ranks[epoch] == pytest.approx(ranks[-1], rel=0.08), f"{file.name}: {path}"
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.02])
@@ -54,7 +54,7 @@ def test_recorded_runs_with_more_noise_switch_later_not_earlier(noise):
 
 
 @pytest.mark.parametrize("criterion", [RelativePlateau(), ReferencePlateau.resnet50()])
-def test_every_recorded_switch_is_announced_before_it_comes(criterion):
+def test_every_recorded_switch_is_announced_two_epochs_before(criterion):
     for file in TRAJECTORIES.glob("*.json"):
         tracker, announced = RankTracker(criterion=criterion), []
         history = load_trajectory(file)
@@ -62,8 +62,8 @@ def test_every_recorded_switch_is_announced_before_it_comes(criterion):
             if tracker.update(dict(zip(history, values, strict=True))):
                 break
             announced.append(tracker.converges_within(2))
-        assert announced[-1], file.name
-        assert sum(announced) <= 5, file.name  # not for ever: what is made ready early may be of no use
+        assert announced[-2:] == [True, True], file.name
+        assert sum(announced) <= 4, file.name  # not for ever: what is made ready early may be of no use
 
 
 def test_a_saved_tracker_is_a_trajectory(tmp_path):
@@ -81,13 +81,13 @@ def test_relative_plateau_is_the_default():
 
 
 def test_converges_with_its_last_layer_and_layers_stay_stable():
-    early = [20.0] * 6 + [20 * 0.8**i for i in range(1, 14)]  # settled, then falls again
-    late = [288 * 0.8**i for i in range(7)] + [60.0] * 12
-    tracker = RankTracker(criterion=ReferencePlateau(window=2, last=2, threshold=1.0))
+    early = [288] + [20] * 6 + [20 * 0.8**i for i in range(1, 14)]  # settles, then falls again
+    late = [288 * 0.8**i for i in range(8)] + [60] * 12
+    tracker = RankTracker()
     seen = [tracker.update({"early": a, "late": b}) for a, b in zip(early, late, strict=True)]
-    assert tracker.converged_at["early"] == 3 < 8 < tracker.converged_at["late"] < 14
-    assert seen == [i >= tracker.converged_at["late"] for i in range(19)]
-    assert tracker.converged and tracker.switch_epoch == tracker.converged_at["late"]
+    assert tracker.converged_at == {"early": 5, "late": 11}
+    assert seen == [False] * 11 + [True] * 9
+    assert tracker.converged and tracker.switch_epoch == 11
     assert tracker.history == {"early": early, "late": late}
 
 
@@ -128,6 +128,7 @@ def test_stacked_layers_are_judged_like_separate_ones(criterion):
     series = [15.3 + 100 * decay ** np.arange(60) for decay in (0.2, 0.6, 0.8)]
     apart = replay({f"layer{i}": x for i, x in enumerate(series)}, criterion)
     stacked = replay({"layers": list(np.stack(series, axis=1))}, criterion)
+    assert len(set(apart.converged_at.values())) > 1
     assert stacked.converged_at == {"layers": max(apart.converged_at.values())}
     assert stacked.switch_epoch == apart.switch_epoch
 
