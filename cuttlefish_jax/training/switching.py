@@ -27,7 +27,7 @@ class LowRank:
     """A low-rank phase that is ready to begin.
 
     Attributes:
-      phase: with its steps compiled for all data that the full-rank phase has seen.
+      phase: with its steps compiled for all data that the full-rank phase has seen, if there is one host.
       convert: the program that turns the full-rank phase's state into this phase's.
       seconds: how long all that took to compile.
     """
@@ -161,4 +161,7 @@ def _forgotten(tx: optax.GradientTransformation, state: TrainState) -> Any:
 
 
 def _inputs(full: Phase) -> tuple[Sequence, Sequence]:
+    if jax.process_count() > 1:
+        # There pmap lowers for arrays alone, not for their shapes: the steps are compiled when they are called.
+        return (), ()
     return full.train_step.inputs, full.eval_step.inputs
