@@ -97,10 +97,11 @@ def _command() -> str:
     words = ["python", f"benchmarks/{Path(script).name}"]
     kept = iter(arguments)
     for word in kept:
-        if word == "--json":
-            next(kept, None)
-        elif not word.startswith("--json="):
+        name, is_joined, _ = word.partition("=")
+        if name not in ("--json", "--out", "--picture"):
             words.append(word)
+        elif not is_joined:
+            next(kept, None)
     return shlex.join(words)
 
 

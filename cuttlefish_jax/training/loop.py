@@ -19,7 +19,13 @@ from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
-from cuttlefish_jax.training.method import deadline, make_tracker, needs_singular_values, plan_from_config
+from cuttlefish_jax.training.method import (
+    deadline,
+    make_tracker,
+    needs_singular_values,
+    plan_from_config,
+    rank_tolerance,
+)
 from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
@@ -197,7 +203,7 @@ class _Run:
     def _stands_for(self, plan: cf.FactorizationPlan) -> bool:
         """Whether the programs that were compiled ahead may be used for a plan."""
         foreseen = self.progress.foreseen
-        return foreseen is not None and nearly_equal(foreseen, plan, self.config.switch.rank_tolerance)
+        return foreseen is not None and nearly_equal(foreseen, plan, rank_tolerance(self.config))
 
     def _plan(self) -> cf.FactorizationPlan:
         """The plan for the ranks as they are now."""

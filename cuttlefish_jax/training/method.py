@@ -130,6 +130,12 @@ def deadline(config: Config) -> int | None:
     return max(1, min(math.ceil(config.switch.deadline * config.epochs), config.epochs - 1))
 
 
+def rank_tolerance(config: Config) -> float:
+    """How far the ranks of the switch may be from the foreseen; not at all with the original's criteria."""
+    is_reference = isinstance(make_method(config).criterion, cf.ReferencePlateau)
+    return 0.0 if is_reference else config.switch.rank_tolerance
+
+
 def needs_singular_values(config: Config) -> bool:
     """Whether the plan looks at more than the stable ranks."""
     return bool(config.plan.budget) or make_method(config).rank_rule.needs_singular_values

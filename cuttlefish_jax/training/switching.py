@@ -162,6 +162,6 @@ def _forgotten(tx: optax.GradientTransformation, state: TrainState) -> Any:
 
 def _inputs(full: Phase) -> tuple[Sequence, Sequence]:
     if jax.process_count() > 1:
-        # There pmap lowers for arrays alone, not for their shapes: the steps are compiled when they are called.
+        # There pmap lowers for arrays alone, not for their shapes: steps are compiled when they are called.
         return (), ()
     return full.train_step.inputs, full.eval_step.inputs

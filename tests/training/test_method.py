@@ -19,6 +19,7 @@ from cuttlefish_jax.training.method import (
     make_tracker,
     needs_singular_values,
     plan_from_config,
+    rank_tolerance,
 )
 
 
@@ -71,6 +72,8 @@ def test_every_method_is_its_parts(name):
 )
 def test_the_tracker_has_the_methods_criterion(settings, criterion):
     assert make_tracker(make_config(**settings)).criterion == criterion
+    # The original's criteria stand for its results: their ranks are those of the day.
+    assert (rank_tolerance(make_config(**settings)) == 0) == isinstance(criterion, cf.ReferencePlateau)
 
 
 @pytest.mark.parametrize(

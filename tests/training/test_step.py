@@ -126,6 +126,26 @@ def test_an_epoch_reports_the_means_of_its_steps(task, source):
     assert int(state.step) == 2
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_loop_of_steps_brings_nothing_to_the_devices_but_batches(task, source, on_device):
+    """Nor does it wait: the measurement at the end is started before the last metrics are fetched."""
+    state = new_state(task)
+    data = TrainInput(source, batch_size=BATCH, seed=0, on_device=on_device)
+    step = make_train_step(task, ema=0.0)
+    state, _ = train_epoch(step, state, data, 0)
+    order = []
+
+    def at_end(state):
+        order.append("end")
+        return state
+
+    with jax.transfer_guard("disallow"):
+        state, _ = train_epoch(step, state, data, 1, on_step=lambda _: order.append("step"), at_end=at_end)
+        assert order == ["end", "step", "step"]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+            _ = state.step + np.ones(1)  # what the guard is there for
+
+
 def test_a_step_is_compiled_for_each_of_a_few_shapes_and_refuses_more():
     traced = []
 
