@@ -4,20 +4,18 @@
 
 Convolutions of 3x3 and 1x1 with 128, 256 and 512 channels on the images that a ResNet for 32x32 pixels has
 there, and dense layers of 512, 1024 and 2048 features. "share" is the share of the FLOP saving that becomes
-time: 1 where a layer with a quarter of the FLOPs takes a quarter of the time. "share, stock" is the same
-with factors of one pixel as the convolutions of Flax, and not as products of matrices, see
-cuttlefish_jax/convolution.py. All are run in turn in one process, and the medians of the rounds are reported.
+time: 1 where a layer with a quarter of the FLOPs takes a quarter of the time. "share, product" is the same
+with factors of one pixel as products of matrices, see benchmarks/products.py. All are run in turn in one
+process, and the medians of the rounds are reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,28 +23,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from common import report
+from products import products
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.profiling.timing import forward_and_backward
 
 _SECONDS = 0.1  # that one layer runs in a round, about
 _MAX_CALLS = 100
-
-
-@contextlib.contextmanager
-def stock_convolutions() -> Iterator[None]:
-    """Within it, factors of one pixel are computed by Flax's own convolution."""
-    own = LAYER_TYPES[nn.Conv]
-
-    def without(fields: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-        return lambda *args: {k: v for k, v in fields(*args).items() if k != "conv_general_dilated"}
-
-    LAYER_TYPES[nn.Conv] = dataclasses.replace(own, first=without(own.first), second=without(own.second))
-    try:
-        yield
-    finally:
-        LAYER_TYPES[nn.Conv] = own
 
 
 def layers(dtype: str, batch: int) -> Iterator[tuple[str, nn.Module, jax.ShapeDtypeStruct]]:
@@ -95,8 +78,8 @@ def prepare(layer: nn.Module, x: jax.ShapeDtypeStruct, ratio: float) -> tuple[in
     low = cf.factorize(layer, cf.FactorizationPlan.from_ranks(kernels, {"": rank}))
     runs = {"full": Run(layer, x), "factorized": Run(low, x)}
     if isinstance(layer, nn.Conv):
-        with stock_convolutions():
-            runs["stock"] = Run(low, x)
+        with products():
+            runs["product"] = Run(low, x)
     return rank, runs
 
 
@@ -122,8 +105,8 @@ def measure(rank: int, runs: dict[str, Run], rounds: int) -> dict[str, Any]:
         "x faster": faster["factorized"],
         "share": share(faster["factorized"], fewer),
     }
-    if "stock" in runs:
-        row |= {"x faster, stock": faster["stock"], "share, stock": share(faster["stock"], fewer)}
+    if "product" in runs:
+        row |= {"x faster, product": faster["product"], "share, product": share(faster["product"], fewer)}
     return row
 
 

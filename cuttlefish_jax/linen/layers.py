@@ -9,7 +9,6 @@ import numpy as np
 
 # register_layer knows Flax modules by this front end.
 import cuttlefish_jax.linen.finding  # noqa: F401
-from cuttlefish_jax.convolution import conv_general_dilated
 from cuttlefish_jax.einsum import einsum_factors, read_einsum
 from cuttlefish_jax.kernels import KernelAxes
 from cuttlefish_jax.layer_types import LayerType, register_layer
@@ -34,11 +33,6 @@ def _conv_axes(layer: Any) -> KernelAxes:
     features = (window, window + 1)
     reduction, output = reversed(features) if getattr(layer, "transpose_kernel", False) else features
     return KernelAxes(reduction=(*range(window), reduction), output=(output,))
-
-
-def _as_products(layer: nn.Conv) -> dict[str, Any]:
-    is_stock = layer.conv_general_dilated is None and layer.conv_general_dilated_cls is None
-    return {"conv_general_dilated": conv_general_dilated} if is_stock else {}
 
 
 def _pointwise(layer: Any, rank: int) -> dict[str, Any]:
@@ -97,8 +91,8 @@ register_layer(
     nn.Conv,
     LayerType(
         axes=_conv_axes,
-        first=lambda layer, rank: {**_features(layer, rank), **_as_products(layer)},
-        second=lambda layer, rank: {**_pointwise(layer, rank), "input_dilation": 1, **_as_products(layer)},
+        first=_features,
+        second=lambda layer, rank: {**_pointwise(layer, rank), "input_dilation": 1},
         refuse=_refuse_conv,
     ),
 )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flax import nnx
-from jax import lax
 
-from cuttlefish_jax.convolution import conv_general_dilated
 from cuttlefish_jax.einsum import einsum_factors, read_einsum
 from cuttlefish_jax.kernels import KernelAxes
 from cuttlefish_jax.layer_types import LAYER_TYPES, LayerType
@@ -32,16 +30,12 @@ def _first_conv(layer: Any, rank: int) -> dict[str, Any]:
     return dict(out_features=rank, kernel_shape=(*layer.kernel_size, *channels))
 
 
-def _as_products(layer: nnx.Conv) -> dict[str, Any]:
-    is_stock = layer.conv_general_dilated is lax.conv_general_dilated
-    return dict(conv_general_dilated=conv_general_dilated) if is_stock else {}
-
-
 def _pointwise(layer: Any, rank: int) -> dict[str, Any]:
     window = (1,) * len(layer.kernel_size)
     shape = (*window, rank, layer.out_features)
     fields = dict(in_features=rank, kernel_size=window, kernel_shape=shape, kernel_dilation=1)
-    return dict(strides=1, padding="VALID", **fields)
+    own = dict(input_dilation=1) if isinstance(layer, nnx.Conv) else dict(transpose_kernel=False)
+    return dict(strides=1, padding="VALID", **fields, **own)
 
 
 def _general_axes(layer: nnx.LinearGeneral) -> KernelAxes:
@@ -79,17 +73,9 @@ LAYER_TYPES.update(
             second=lambda layer, rank: dict(in_features=(rank,), axis=(-1,)),
             name="DenseGeneral",
         ),
-        nnx.Conv: LayerType(
-            axes=_conv_axes,
-            first=lambda layer, rank: _first_conv(layer, rank) | _as_products(layer),
-            second=lambda layer, rank: _pointwise(layer, rank) | dict(input_dilation=1) | _as_products(layer),
-            refuse=_refuse_conv,
-        ),
+        nnx.Conv: LayerType(axes=_conv_axes, first=_first_conv, second=_pointwise, refuse=_refuse_conv),
         nnx.ConvTranspose: LayerType(
-            axes=_conv_axes,
-            first=_first_conv,
-            second=lambda layer, rank: _pointwise(layer, rank) | dict(transpose_kernel=False),
-            refuse=_refuse_conv,
+            axes=_conv_axes, first=_first_conv, second=_pointwise, refuse=_refuse_conv
         ),
         nnx.Einsum: LayerType(
             axes=lambda layer: read_einsum(layer.einsum_str),

@@ -1,12 +1,37 @@
-"""Convolutions of one pixel as matrix products."""
+"""Convolutions of one pixel as matrix products: faster alone, slower in whole networks.
+
+benchmarks/layer_time.py and step_time.py compare them with Flax's own convolutions, which the package uses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax import lax
+
+from cuttlefish_jax.layer_types import LAYER_TYPES
+
+
+@contextlib.contextmanager
+def products() -> Iterator[None]:
+    """Within it, factors of one pixel are computed as products."""
+    own = LAYER_TYPES[nn.Conv]
+
+    def by_product(fields: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+        return lambda *args: {**fields(*args), "conv_general_dilated": conv_general_dilated}
+
+    LAYER_TYPES[nn.Conv] = dataclasses.replace(
+        own, first=by_product(own.first), second=by_product(own.second)
+    )
+    try:
+        yield
+    finally:
+        LAYER_TYPES[nn.Conv] = own
 
 
 def conv_general_dilated(
