@@ -10,10 +10,12 @@ from harness import Trainer, environment, kill_at_random, numbers
 @pytest.fixture
 def trainers(tmp_path):
     """An unbroken run, finished, and one that is to be broken."""
-    env = environment(tmp_path / "cache")
+    cache = tmp_path / "cache"
+    env = environment(cache)
     unbroken, broken = Trainer(tmp_path / "unbroken", env), Trainer(tmp_path / "broken", env)
     done = unbroken.finish()
     assert done.returncode == 0, done.stderr
+    assert any(cache.iterdir()), "the cache of the environment was not used"
     return unbroken, broken
 
 

@@ -276,9 +276,8 @@ def test_without_frobenius_decay_the_factors_decay_like_kernels(low_rank):
 def test_preconditioned_sgd_moves_the_product_as_it_would_the_kernel(low_rank):
     plan, _, params = low_rank
     config = optimizer_config(weight_decay=0.5, momentum=0.0, precondition=True)
-    moved = steps_of(
-        make_optimizer(config, lambda _: 1e-3, plan=plan), params, [jax.tree.map(jnp.zeros_like, params)]
-    )
+    tx = make_optimizer(config, lambda _: 1e-3, plan=plan)
+    moved = steps_of(tx, params, [jax.tree.map(jnp.zeros_like, params)])
     before, after = (merge_params(tree, plan)["body"]["kernel"] for tree in (params, moved))
     np.testing.assert_allclose(after - before, -0.5e-3 * before, rtol=1e-2, atol=1e-6)
     np.testing.assert_allclose(moved["head"]["kernel"], (1 - 0.5e-3) * params["head"]["kernel"], rtol=1e-5)
@@ -287,9 +286,8 @@ def test_preconditioned_sgd_moves_the_product_as_it_would_the_kernel(low_rank):
 def test_preconditioned_adamw_moves_the_product_by_the_norm_of_its_updates(low_rank):
     plan, _, params = low_rank
     config = optimizer_config(name="adamw", weight_decay=0.0, precondition=True)
-    # With a gradient of u alone, whose entries Adam makes ones.
     gradient = jax.tree.map(jnp.zeros_like, params)
-    gradient["body"]["u"]["kernel"] = params["body"]["u"]["kernel"] ** 3
+    gradient["body"]["u"]["kernel"] = params["body"]["u"]["kernel"] ** 3  # Adam makes its entries ones
     moved = steps_of(make_optimizer(config, lambda _: 1e-3, plan=plan), params, [gradient])
     change = merge_params(moved, plan)["body"]["kernel"] - merge_params(params, plan)["body"]["kernel"]
     np.testing.assert_allclose(jnp.linalg.norm(change), 1e-3 * np.sqrt(8 * 2), rtol=2e-3)
