@@ -38,8 +38,10 @@ def test_the_ranks_at_the_switch_are_those_of_the_end():
     for file in TRAJECTORIES.glob("*.json"):
         history = load_trajectory(file)
         epoch = replay(history, RelativePlateau()).switch_epoch
+        # The ResMLP's ranks rise again slowly, 14 epochs long.
+        bound = 0.08 if file.name.startswith("resmlp") else 0.06
         for path, ranks in history.items():
-            assert ranks[epoch] == pytest.approx(ranks[-1], rel=0.08), f"{file.name}: {path}"
+            assert ranks[epoch] == pytest.approx(ranks[-1], rel=bound), f"{file.name}: {path}"
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.02])

@@ -275,8 +275,7 @@ def test_without_frobenius_decay_the_factors_decay_like_kernels(low_rank):
 
 def test_preconditioned_sgd_moves_the_product_as_it_would_the_kernel(low_rank):
     plan, _, params = low_rank
-    config = optimizer_config(weight_decay=0.5, momentum=0.0, precondition=True)
-    tx = make_optimizer(config, lambda _: 1e-3, plan=plan)
+    tx = make_optimizer(optimizer_config(weight_decay=0.5, precondition=True), lambda _: 1e-3, plan=plan)
     moved = steps_of(tx, params, [jax.tree.map(jnp.zeros_like, params)])
     before, after = (merge_params(tree, plan)["body"]["kernel"] for tree in (params, moved))
     np.testing.assert_allclose(after - before, -0.5e-3 * before, rtol=1e-2, atol=1e-6)
