@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from cuttlefish_jax.training.data import EvalInput, TrainInput
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.metrics import compute_metrics
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import Compiled
@@ -20,10 +20,6 @@ from cuttlefish_jax.training.step import Compiled
 # Steps that may be under way on the device. Looking at the result of an older one costs nothing and keeps the
 # host from running ahead without bound.
 _STEPS_IN_FLIGHT = 16
-
-
-class DivergedError(UserError):
-    """The loss is not a finite number."""
 
 
 def train_epoch(
@@ -51,7 +47,7 @@ def train_epoch(
       ``train_accuracy``, averaged over the steps; ``steps``; ``seconds`` without compilation.
 
     Raises:
-      DivergedError: if the loss of a step is NaN or infinite.
+      DivergedError: if the loss of a step is NaN or infinite, or what the step made of the state.
     """
     start, compiled_before = time.perf_counter(), train_step.compile_seconds
 
@@ -65,9 +61,11 @@ def train_epoch(
     settled: list[dict[str, float]] = []
     for step, values in enumerate(_fetched(steps())):
         metrics = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(metrics["loss"]):
+        if metrics.pop("nonfinite"):
+            loss = metrics["loss"]
+            what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
             raise DivergedError(
-                f"the loss is {metrics['loss']} at step {step} of epoch {epoch} "
+                f"{what} at step {step} of epoch {epoch} "
                 f"(step {epoch * data.steps_per_epoch + step} of the run): lower config.schedule.peak "
                 "or set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
             )

@@ -28,6 +28,10 @@ class CheckpointError(UserError):
     """Checkpoints that are damaged, or that belong to another model."""
 
 
+class DivergedError(UserError):
+    """Training whose numbers are not finite."""
+
+
 class StorageError(UserError):
     """A disk that is full, or a directory that cannot be read or written."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -120,6 +121,22 @@ def after_switch(
         return jnp.where(jnp.asarray(step) < switch_step, schedule(step), low)
 
     return rate
+
+
+def keep_schedule(opt_state: Any, other: Any) -> Any:
+    """An optimizer's state, but with the place in the schedule that another one has.
+
+    Args:
+      opt_state: of a chain with ``optax.scale_by_learning_rate``.
+      other: of the same chain, also of other parameters.
+    """
+
+    def is_schedule(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda ours, theirs: theirs if is_schedule(ours) else ours, opt_state, other, is_leaf=is_schedule
+    )
 
 
 def _rewarmup(

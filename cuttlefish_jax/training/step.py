@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.training.data import materialize
+from cuttlefish_jax.training.nonfinite import checked_step
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.tasks import AXIS, Task
 
 
-def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> Compiled:
+def make_train_step(
+    task: Task, *, ema: float, accumulation_steps: int = 1, skip_nonfinite: bool = False
+) -> Compiled:
     """One update: ``(state, resident, batch) -> (state, metrics)``.
 
     Gradients, batch statistics and metrics are averaged over all devices of all hosts. The state is donated.
@@ -29,10 +32,12 @@ def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> C
       ema: decay of the moving average of the parameters; 0 keeps none.
       accumulation_steps: parts of a device's batch that are computed one after the other, in less memory;
         batch norm normalises each part by itself.
+      skip_nonfinite: whether a step whose numbers go bad leaves the state as it was.
 
     Returns:
       A step over pmapped arrays; ``metrics`` are the batch's means, f32 scalars: ``loss``, and ``accuracy``
-      where the targets are classes.
+      where the targets are classes; and ``nonfinite``, 1 if the step went bad
+      (:func:`~cuttlefish_jax.training.nonfinite.checked_step`).
     """
 
     def train_step(state: TrainState, resident: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -68,12 +73,11 @@ def make_train_step(task: Task, *, ema: float, accumulation_steps: int = 1) -> C
             accumulator=optax.microbatching.AccumulationType.MEAN,
         )
         grads, (batch_stats, metrics) = jax.lax.pmean(averaged((inputs, targets, batch["index"])), AXIS)
-        state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+        new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
         if ema:
-            state = state.replace(
-                ema_params=optax.incremental_update(state.params, state.ema_params, 1 - ema)
-            )
-        return state, metrics
+            new = new.replace(ema_params=optax.incremental_update(new.params, new.ema_params, 1 - ema))
+        new, nonfinite = checked_step(state, new, metrics["loss"], skip=skip_nonfinite)
+        return new, metrics | {"nonfinite": nonfinite}
 
     mapped = jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
     return Compiled(mapped, num_shapes=task.num_lengths)

@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import optax
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.experiment import Experiment, Phase
+from cuttlefish_jax.training.schedule import keep_schedule
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import abstract
 
@@ -109,7 +109,9 @@ class Switcher:
         def convert(state: TrainState) -> TrainState:
             state = cf.switch(state, plan, phase.tx, apply_fn=phase.model.apply)
             if forgets:
-                state = state.replace(opt_state=_forgotten(phase.tx, state))
+                # A new one, but for the step that the learning rate follows.
+                fresh = phase.tx.init(state.params)
+                state = state.replace(opt_state=keep_schedule(fresh, state.opt_state))
             return state.replace(rank_vectors={})
 
         lowered = jax.jit(convert, out_shardings=self._sharding).lower(state)
@@ -143,20 +145,6 @@ def nearly_equal(foreseen: cf.FactorizationPlan, plan: cf.FactorizationPlan, tol
         return False
     return all(
         abs(foreseen.ranks[path] - rank) <= max(1, tolerance * rank) for path, rank in plan.ranks.items()
-    )
-
-
-def _forgotten(tx: optax.GradientTransformation, state: TrainState) -> Any:
-    """A new state of the optimizer, but for the step that the learning rate follows."""
-
-    def is_schedule(part: Any) -> bool:
-        return isinstance(part, optax.ScaleByScheduleState)
-
-    return jax.tree.map(
-        lambda new, old: old if is_schedule(new) else new,
-        tx.init(state.params),
-        state.opt_state,
-        is_leaf=is_schedule,
     )
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.epoch import DivergedError
-from cuttlefish_jax.training.errors import ConfigError, WorkdirError
+from cuttlefish_jax.training.errors import ConfigError, DivergedError, WorkdirError
 from cuttlefish_jax.training.loop import run
 
 pytestmark = pytest.mark.slow
