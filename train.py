@@ -3,8 +3,11 @@
     python train.py --config configs/quickstart.py
     python train.py --config configs/resnet18.py:cifar100 --config.seed=1 --workdir runs/c100-seed1
 
-The same command goes on with a run that was interrupted. Exit status: 0 when the run is finished, 2 for
-settings, data or files that need mending (one line says what), 1 for a fault of the program.
+The same command goes on with a run that was interrupted. SIGTERM, a scheduler's notice of pre-emption, and
+Ctrl-C stop it after the step that is under way, with a checkpoint.
+
+Exit status: 0 when the run is finished, 143 when it was stopped by SIGTERM and 130 by Ctrl-C, 2 for settings,
+data or files that need mending (one line says what), 1 for a fault of the program.
 """
 
 import os
@@ -18,6 +21,7 @@ from ml_collections import config_flags
 
 from cuttlefish_jax.training.errors import UserError
 from cuttlefish_jax.training.loop import run
+from cuttlefish_jax.training.preemption import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file in configs/, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string(
@@ -48,6 +52,8 @@ def main(argv: list[str]) -> int:
         run(config, _WORKDIR.value or Path("runs") / name)
     except UserError as error:
         return _refuse(str(error))
+    except Preempted as stopped:
+        return stopped.status
     return 0
 
 

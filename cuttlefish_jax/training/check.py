@@ -66,7 +66,7 @@ def check_config(config: Config) -> None:
     at_least_0 = (
         "seed switch.epoch switch.recalibration_batches profile.min_speedup profile.min_layer_speedup "
         "data.train_examples data.validation_examples data.workers data.crop_padding data.color_jitter "
-        "data.mixup data.cutmix"
+        "data.mixup data.cutmix checkpoint.every_steps"
     )
     for key in at_least_0.split():
         _check_number(config, key, lambda value: value >= 0, "0 or more")

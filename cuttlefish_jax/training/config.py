@@ -156,5 +156,11 @@ def default_config() -> Config:
 
     config.ranks = ConfigDict(dict(method="warm"))  # from the last epoch's vectors; or lanczos, exact
     config.evaluation = ConfigDict(dict(every_epochs=1))  # and after the last epoch
-    config.checkpoint = ConfigDict(dict(every_epochs=1, keep=2))
+    config.checkpoint = ConfigDict(
+        dict(
+            every_epochs=1,  # and after the last epoch
+            every_steps=0,  # within an epoch; 0: only when the process is told to stop
+            keep=2,  # epochs that have one
+        )
+    )
     return config.lock()

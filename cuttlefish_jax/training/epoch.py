@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,29 +23,59 @@ from cuttlefish_jax.training.step import Compiled
 _STEPS_IN_FLIGHT = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class EpochTotals:
+    """What the steps of an epoch have come to so far; JSON, so that a run can stop between any two of them.
+
+    Attributes:
+      steps: how many there were.
+      seconds: how long they took, without compilation.
+      sums: of what each step measures, such as ``loss``: added one after the other, so that they do not
+        depend on where a run was stopped.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    sums: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, float]) -> EpochTotals:
+        """With one more step."""
+        sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()}
+        return dataclasses.replace(self, steps=self.steps + 1, sums=sums)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over the steps: ``train_loss``, and so on."""
+        return {f"train_{name}": value / self.steps for name, value in self.sums.items()}
+
+
 def train_epoch(
     train_step: Compiled,
     state: TrainState,
     data: TrainInput,
     epoch: int,
     *,
+    so_far: EpochTotals = EpochTotals(),
+    pauses: Callable[[int], bool] = lambda steps: False,
     on_step: Callable[[int], None] = lambda steps: None,
-    at_end: Callable[[TrainState], TrainState] = lambda state: state,
-) -> tuple[TrainState, dict[str, float]]:
-    """Trains for one epoch.
+    at_end: Callable[[TrainState], object] = lambda state: None,
+) -> tuple[TrainState, EpochTotals]:
+    """Trains for an epoch, or for a part of it.
 
     Args:
       train_step: from :func:`make_train_step`.
       state: donated to the first step.
       data: the training input.
       epoch: counted from 0.
+      so_far: what was trained of the epoch before.
+      pauses: called with the number of the epoch's steps that are under way or done, after each but the last;
+        whether to return when these are done.
       on_step: called with 1 whenever a step is done.
-      at_end: called when the last step is under way: what it starts on the devices follows without a pause.
-        It may change the state.
+      at_end: called with the state when the epoch's last step is under way: what it starts on the devices
+        follows without a pause.
 
     Returns:
-      The new state and the epoch's metrics: ``train_loss`` and what else the step measures, such as
-      ``train_accuracy``, averaged over the steps; ``steps``; ``seconds`` without compilation.
+      The new state, and the totals of the epoch: of all its steps, unless it pauses.
 
     Raises:
       DivergedError: if the loss of a step is NaN or infinite, or what the step made of the state.
@@ -53,14 +84,16 @@ def train_epoch(
 
     def steps() -> Iterator[Any]:
         nonlocal state
-        for batch in data.epoch(epoch):
+        for step, batch in enumerate(data.epoch(epoch, so_far.steps), so_far.steps + 1):
             state, metrics = train_step(state, data.resident, batch)
             yield metrics
-        state = at_end(state)
+            if step < data.steps_per_epoch and pauses(step):
+                return
+        at_end(state)
 
-    settled: list[dict[str, float]] = []
-    for step, values in enumerate(_fetched(steps())):
-        metrics = {name: float(value) for name, value in values.items()}
+    totals = so_far
+    for values in _fetched(steps()):
+        metrics, step = {name: float(value) for name, value in values.items()}, totals.steps
         if metrics.pop("nonfinite"):
             loss = metrics["loss"]
             what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
@@ -70,14 +103,18 @@ def train_epoch(
                 "or set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
             )
         on_step(1)
-        settled.append(metrics)
+        totals = totals.add(metrics)
     seconds = time.perf_counter() - start - (train_step.compile_seconds - compiled_before)
-    means = {f"train_{name}": float(np.mean([m[name] for m in settled])) for name in settled[0]}
-    return state, {**means, "steps": len(settled), "seconds": seconds}
+    return state, dataclasses.replace(totals, seconds=so_far.seconds + seconds)
 
 
 def evaluate(
-    eval_step: Compiled, variables: Any, data: EvalInput, metrics: Sequence[str]
+    eval_step: Compiled,
+    variables: Any,
+    data: EvalInput,
+    metrics: Sequence[str],
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss and metrics over a split, every example counted once.
 
@@ -86,15 +123,51 @@ def evaluate(
       variables: what the network is applied with.
       data: the split.
       metrics: names, see :func:`cuttlefish_jax.training.metrics.compute_metrics`.
+      on_batch: called before every batch; what it raises ends the evaluation.
 
     Returns:
       ``{"loss": ..., **metrics}``.
     """
-    parts = list(_fetched(eval_step(variables, data.resident, batch) for batch in data.batches()))
-    results = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    real = results["weight"] > 0
-    found = {"loss": float(np.mean(results["loss"][real], dtype=np.float64))}
-    return found | compute_metrics(metrics, results["label"][real], results["prediction"][real])
+
+    def results() -> Iterator[Any]:
+        for batch in data.batches():
+            on_batch()
+            yield eval_step(variables, data.resident, batch)
+
+    parts = list(_fetched(results()))
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    real = found["weight"] > 0
+    loss = {"loss": float(np.mean(found["loss"][real], dtype=np.float64))}
+    return loss | compute_metrics(metrics, found["label"][real], found["prediction"][real])
+
+
+def evaluate_splits(
+    eval_step: Compiled,
+    variables: Any | None,
+    splits: Mapping[str, EvalInput],
+    metrics: Sequence[str],
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float | None]:
+    """Loss and metrics of several splits.
+
+    Args:
+      eval_step: from :func:`make_eval_step`.
+      variables: what the network is applied with; None if nothing is to be evaluated.
+      splits: by their names.
+      metrics: names, as for :func:`evaluate`.
+      on_batch: as for :func:`evaluate`.
+
+    Returns:
+      ``{"test_loss": ...}`` and so on; all None without ``variables``.
+    """
+    results: dict[str, float | None] = {}
+    for split, data in splits.items():
+        found: Mapping[str, float | None] = dict.fromkeys(("loss", *metrics))
+        if variables is not None:
+            found = evaluate(eval_step, variables, data, metrics, on_batch=on_batch)
+        results |= {f"{split}_{name}": value for name, value in found.items()}
+    return results
 
 
 def _fetched(results: Iterable[Any]) -> Iterator[Any]:

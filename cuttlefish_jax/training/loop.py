@@ -17,15 +17,15 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.training import report
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config
-from cuttlefish_jax.training.epoch import evaluate, train_epoch
+from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import (
-    deadline,
     make_tracker,
     needs_singular_values,
     plan_from_config,
     rank_tolerance,
 )
+from cuttlefish_jax.training.preemption import Notice, Preempted
 from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
@@ -33,6 +33,7 @@ from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import AXIS
 from cuttlefish_jax.training.summary import summarize
+from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
 
@@ -50,6 +51,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       UserError: for everything that the user can mend.
+      Preempted: if the process was told to stop, when that is done.
     """
     is_writer = jax.process_index() == 0
     with Workdir(workdir, is_writer=is_writer) as directory:
@@ -63,7 +65,9 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
         ):
-            return _Run(experiment, directory, checkpointer, best).to_the_end()
+            started = _Run(experiment, directory, checkpointer, best)
+            with started.notice:
+                return started.to_the_end()
 
 
 class _Run:
@@ -85,6 +89,8 @@ class _Run:
         replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
         # A program, and not device_put, which cannot put random keys on the devices of other hosts.
         self.replicate = jax.jit(lambda state: state, out_shardings=replicated)
+        self.notice = Notice()
+        self.saved: tuple[int, int, str] | None = None
         self.rank_seconds = 0.0
         self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
         self.phase, self.state = self._start()
@@ -96,16 +102,25 @@ class _Run:
         progress, config = self.progress, self.config
         try:
             for epoch in range(progress.epoch, config.epochs):
-                if self._switch_is_due(epoch):
+                self.notice.stop_if_here()
+                if switch_is_due(config, progress, epoch):
                     self._switch(epoch)
+                    self.notice.stop_if_here()
                 metrics = self._train(epoch)
                 self._track(epoch + 1)
                 self._look_ahead(epoch + 1)
                 self._log(epoch, metrics)
-                progress.epoch = epoch + 1
+                progress.epoch, progress.totals = epoch + 1, EpochTotals()
                 if self._is_due(epoch + 1, config.checkpoint.every_epochs):
                     self._save()
             return self._finish()
+        except Preempted as stopped:
+            self._save()
+            self.checkpointer.wait()
+            done = f"{progress.totals.steps} of {self.experiment.train.steps_per_epoch} steps"
+            place = f"epoch {progress.epoch + 1} of {config.epochs}, after {done}"
+            _say(f"{stopped} in {place}: saved, and the same command goes on from there")
+            raise
         finally:
             self.switcher.close()
 
@@ -121,7 +136,11 @@ class _Run:
             steps = self.experiment.train.steps_per_epoch
             phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
             state = restored.into(self.experiment.abstract_state(phase))
-            _say(f"going on after epoch {progress.epoch} of {self.config.epochs} ({phase.name})")
+            within = (
+                f", {progress.totals.steps} of {steps} steps of the next" if progress.totals.steps else ""
+            )
+            _say(f"going on after epoch {progress.epoch} of {self.config.epochs}{within} ({phase.name})")
+            self.saved = progress.epoch, progress.totals.steps, phase.name
         else:
             phase = self.experiment.phase()
             state = self.experiment.create_state(phase)
@@ -137,8 +156,9 @@ class _Run:
             self.progress.seconds["compile"] += time.perf_counter() - start
             self.meter.wait()
         if restored is None:
-            state = self.meter.start(state)
+            self.meter.start(state)
             self.rank_seconds = self.meter.wait()
+            state = self.meter.advance(state)
             self.phase = phase
             self._track(0)
         return phase, state
@@ -151,31 +171,12 @@ class _Run:
             self.experiment = dataclasses.replace(self.experiment, profile=profile)
             self.progress.seconds["profile"] += time.perf_counter() - start
 
-    def _switch_is_due(self, epoch: int) -> bool:
-        progress, last_call = self.progress, deadline(self.config)
-        if progress.plan is not None or progress.stays_full_rank:
-            return False
-        if progress.tracker.switch_epoch is not None:
-            return epoch >= progress.tracker.switch_epoch
-        if last_call is None or epoch < last_call:
-            return False
-        left = [path for path in progress.ranks_t if path not in progress.tracker.converged_at]
-        switches = self.config.switch.if_never == "switch"
-        progress.stays_full_rank = not switches
-        verdict = "switching now" if switches else "staying full-rank to the end"
-        warnings.warn(
-            f"the stable ranks of {len(left)} layers ({left[0]} ...) have not converged by epoch {epoch} of "
-            f"{self.config.epochs}: {verdict} (config.switch.deadline, config.switch.if_never)",
-            stacklevel=2,
-        )
-        return switches
-
     def _look_ahead(self, epochs_trained: int) -> None:
         """Has the low-rank programs compiled for the ranks of today, if the switch is near."""
         progress = self.progress
         if not self.config.switch.compile_ahead or progress.plan is not None or progress.stays_full_rank:
             return
-        epoch = self._next_switch(epochs_trained)
+        epoch = next_switch(self.config, progress, epochs_trained)
         if epoch is None:
             return
         plan = self._plan()
@@ -185,20 +186,6 @@ class _Run:
             progress.foreseen = plan
         assert progress.foreseen is not None
         self.switcher.compile_ahead(progress.foreseen, epoch, self.phase, self.state)
-
-    def _next_switch(self, epochs_trained: int) -> int | None:
-        """The epoch before which the switch will come, if that is in one or two epochs."""
-        tracker = self.progress.tracker
-        last_call = deadline(self.config) if self.config.switch.if_never == "switch" else None
-        for epochs in (1, 2):
-            epoch = epochs_trained + epochs
-            if tracker.switch_epoch is not None:
-                is_then = tracker.switch_epoch == epoch
-            else:
-                is_then = tracker.converges_within(epochs) or last_call == epoch
-            if is_then:
-                return epoch if epoch < self.config.epochs else None
-        return None
 
     def _stands_for(self, plan: cf.FactorizationPlan) -> bool:
         """Whether the programs that were compiled ahead may be used for a plan."""
@@ -257,37 +244,67 @@ class _Run:
 
     def _train(self, epoch: int) -> dict[str, Any]:
         """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""
-        progress, phase, data = self.progress, self.phase, self.experiment.train
-        compiled_before = phase.compile_seconds
-        rate = np.asarray(phase.schedule(epoch * data.steps_per_epoch)).item()
-        description = f"epoch {epoch + 1}/{self.config.epochs}"
-        with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
-            measure = {} if phase.plan else {"at_end": self.meter.start}
-            self.state, trained = train_epoch(
-                phase.train_step, self.state, data, epoch, on_step=advance, **measure
-            )
+        progress, phase, config = self.progress, self.phase, self.config
+        self._take_steps(epoch)
         # The last step is done, and the measurement follows it.
         self.rank_seconds = 0.0 if phase.plan else self.meter.wait()
+        totals = progress.totals
+        rate = np.asarray(phase.schedule(epoch * totals.steps)).item()
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
-        metrics |= {name: value for name, value in trained.items() if name != "steps"}
-        is_evaluated = self._is_due(epoch + 1, self.config.evaluation.every_epochs)
-        names = self.experiment.task.metrics
-        for split, source in self.experiment.evaluation.items():
-            found: dict[str, Any] = dict.fromkeys(("loss", *names))
-            if is_evaluated:
-                found = evaluate(phase.eval_step, self.state.eval_variables, source, names)
-            metrics |= {f"{split}_{name}": value for name, value in found.items()}
-        examples = trained["steps"] * self.config.batch_size
-        metrics["examples_per_second"] = examples / trained["seconds"]
-        progress.seconds[phase.name] += trained["seconds"]
-        progress.seconds["compile"] += phase.compile_seconds - compiled_before
-        progress.examples[phase.name] += int(examples)
+        metrics |= {**totals.means, "seconds": totals.seconds}
+        is_evaluated = self._is_due(epoch + 1, config.evaluation.every_epochs)
+        compiled_before = phase.eval_step.compile_seconds
+        metrics |= evaluate_splits(
+            phase.eval_step,
+            self.state.eval_variables if is_evaluated else None,
+            self.experiment.evaluation,
+            self.experiment.task.metrics,
+            on_batch=self.notice.stop_if_here,
+        )
+        progress.seconds["compile"] += phase.eval_step.compile_seconds - compiled_before
+        # Nothing stops the run from here to the end of the epoch, so that all of this happens once.
+        examples = totals.steps * config.batch_size
+        metrics["examples_per_second"] = examples / totals.seconds
+        progress.seconds[phase.name] += totals.seconds
+        progress.examples[phase.name] += examples
+        if phase.plan is None:
+            self.state = self.meter.advance(self.state)
         if is_evaluated and progress.is_better(metrics, self.experiment.task.score):
             progress.best = {
                 name: metrics[name] for name in metrics if name.startswith(("epoch", "valid", "test"))
             }
             self.best.save(epoch, self.state.eval_variables, progress.to_record())
         return metrics
+
+    def _take_steps(self, epoch: int) -> None:
+        """The steps of an epoch that are left; in between, a notice stops the run, or checkpoints are due."""
+        progress, train_step, data = self.progress, self.phase.train_step, self.experiment.train
+        every = self.config.checkpoint.every_steps
+        description = f"epoch {epoch + 1}/{self.config.epochs}"
+        measure = {} if self.phase.plan else {"at_end": self.meter.start}
+
+        def pauses(steps: int) -> bool:
+            return self.notice.is_here() or (every > 0 and steps % every == 0)
+
+        with report.epoch_bar(data.steps_per_epoch, description=description) as advance:
+            advance(progress.totals.steps)
+            while True:
+                compiled_before = train_step.compile_seconds
+                self.state, progress.totals = train_epoch(
+                    train_step,
+                    self.state,
+                    data,
+                    epoch,
+                    so_far=progress.totals,
+                    pauses=pauses,
+                    on_step=advance,
+                    **measure,
+                )
+                progress.seconds["compile"] += train_step.compile_seconds - compiled_before
+                if progress.totals.steps == data.steps_per_epoch:
+                    return
+                self.notice.stop_if_here()
+                self._save()
 
     def _track(self, epochs_trained: int) -> None:
         """Tells the tracker the stable ranks after so many epochs; until the switch."""
@@ -318,7 +335,13 @@ class _Run:
         )
 
     def _save(self) -> None:
-        self.checkpointer.save(self.progress.epoch, self.state, self.progress.to_record())
+        """Saves the state between two steps, unless that was done."""
+        progress = self.progress
+        place = progress.epoch, progress.totals.steps, self.phase.name
+        if place != self.saved:
+            # A later place in an epoch replaces an earlier one.
+            self.checkpointer.save(progress.epoch, self.state, progress.to_record())
+            self.saved = place
 
     def _finish(self) -> dict[str, Any]:
         self.checkpointer.wait()
@@ -326,19 +349,16 @@ class _Run:
         summary = summarize(
             self.experiment, self.phase, self.progress, self.directory.read_log("metrics.jsonl")
         )
-        self._plot()
-        self.directory.write_json("summary.json", summary)
-        _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
-        return summary
-
-    def _plot(self) -> None:
         report.plot_ranks(
             [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
             self.directory.path / "ranks.png",
             switch_epoch=self.progress.switch_epoch,
-            factorized=None if self.progress.plan is None else self.progress.plan.ranks,
+            factorized=summary["ranks"] or None,
             title=f"Stable ranks: {self.config.name}",
         )
+        self.directory.write_json("summary.json", summary)
+        _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
+        return summary
 
 
 def _say(text: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from cuttlefish_jax import FactorizationPlan, RankTracker
+from cuttlefish_jax.training.epoch import EpochTotals
 
 _KINDS = ("full_rank", "low_rank", "rank", "profile", "switch", "compile", "stall", "background")
 
@@ -16,7 +17,8 @@ class Progress:
 
     Attributes:
       tracker: the history of the stable ranks, and which layers have converged.
-      epoch: the next epoch to train, counted from 0.
+      epoch: the epoch to train, counted from 0.
+      totals: what was trained of it already.
       plan: what is factorized; ``None`` in the full-rank phase.
       foreseen: the plan whose programs were compiled ahead, near the switch.
       switch_epoch: the first low-rank epoch, ``None`` before the switch.
@@ -29,6 +31,7 @@ class Progress:
 
     tracker: RankTracker
     epoch: int = 0
+    totals: EpochTotals = dataclasses.field(default_factory=EpochTotals)
     plan: FactorizationPlan | None = None
     foreseen: FactorizationPlan | None = None
     switch_epoch: int | None = None
@@ -58,6 +61,7 @@ class Progress:
         """The progress as JSON."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         record["tracker"] = self.tracker.to_state()
+        record["totals"] = dataclasses.asdict(self.totals)
         for name in ("plan", "foreseen"):
             record[name] = None if record[name] is None else record[name].to_json()
         return record
@@ -75,4 +79,5 @@ class Progress:
             for name in ("plan", "foreseen")
         }
         tracker = RankTracker.from_state(tracker.criterion, record["tracker"])
-        return cls(**record | {"tracker": tracker, **plans})
+        totals = EpochTotals(**record["totals"])
+        return cls(**record | {"tracker": tracker, "totals": totals, **plans})

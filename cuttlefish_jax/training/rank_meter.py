@@ -27,19 +27,25 @@ class RankMeter:
         self._kernels = kernels
         self._method = method
         self._started: dict[str, Any] = {}
+        self._vectors: Any = None
 
     @property
     def initial_vectors(self) -> dict[str, Any]:
         """``TrainState.rank_vectors`` before the first measurement."""
         return dict(cf.initial_vectors(self._kernels)) if self._method == "warm" else {}
 
-    def start(self, state: TrainState) -> TrainState:
-        """Starts a measurement, without waiting for it; the state with the vectors of the next one."""
+    def start(self, state: TrainState) -> None:
+        """Starts a measurement, without waiting for it."""
         if self._method != "warm":
             self._started = cf.stable_ranks(state.params, self._kernels, method=self._method)  # pyright: ignore[reportArgumentType]
-            return state
-        self._started, vectors = cf.warm_stable_ranks(state.params, self._kernels, state.rank_vectors)
-        return state.replace(rank_vectors=vectors)
+        else:
+            self._started, self._vectors = cf.warm_stable_ranks(
+                state.params, self._kernels, state.rank_vectors
+            )
+
+    def advance(self, state: TrainState) -> TrainState:
+        """The state that was measured, with the vectors that the next measurement starts from."""
+        return state if self._method != "warm" else state.replace(rank_vectors=self._vectors)
 
     def wait(self) -> float:
         """Seconds until the measurement that was started is done.

@@ -41,6 +41,7 @@ def summarize(
         "dataset": config.data.name,
         "seed": config.seed,
         "epochs": config.epochs,
+        "steps": sum(progress.examples.values()) // config.batch_size,
         "switch_epoch": progress.switch_epoch,
         "ranks": {} if plan is None else plan.ranks,
         "params_full": params_full,
