@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.factor_updates import transform_factors
-from cuttlefish_jax.matrices import map_matrices
+from cuttlefish_jax.inverse_roots import inverse_roots
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def precondition_factors(
       damping: added to the Gram matrices, as a share of their mean eigenvalue: singular values far below
         the mean do not get larger steps than that.
       normalized: the updates do not scale with the gradient, as those of Adam or Lion: they are multiplied by
-        the square root alone (of a Cholesky factorization), so that the product's step has the norm of
+        the inverse square roots alone, so that the product's step has the norm of
         the factors' updates.
       once: count once what both factors move alike, as above; False is the published method, without the
         halves, whose step is up to twice the kernel's. Has no meaning with ``normalized``.
@@ -82,18 +82,17 @@ def precondition_factors(
 
     def change(factors: Pairs, updates: Pairs) -> Pairs:
         grams = [gram for u, v in factors.values() for gram in (_gram(u.mT), _gram(v))]
-        invert = functools.partial(_inverse_root if normalized else _inverse, damping=damping)
-        inverses = iter(map_matrices(invert, grams))
+        roots = iter(inverse_roots(grams, damping=damping))
         changed = {}
         for path, (u, v) in factors.items():
-            of_u, of_v = next(inverses), next(inverses)
+            of_u, of_v = (root if normalized else _matmul(root, root) for root in (next(roots), next(roots)))
             g_u, g_v = (update.astype(of_u.dtype) for update in updates[path])
             if once and not normalized:
                 g_u, g_v = (
                     g_u - 0.5 * _matmul(u, _matmul(of_u, _matmul(u.mT, g_u))),
                     g_v - 0.5 * _matmul(_matmul(_matmul(g_v, v.mT), of_v), v),
                 )
-            changed[path] = _matmul(g_u, of_v.mT), _matmul(of_u, g_v)
+            changed[path] = _matmul(g_u, of_v), _matmul(of_u, g_v)
         return changed
 
     return transform_factors("precondition_factors", plan, change)
@@ -102,20 +101,3 @@ def precondition_factors(
 def _gram(v: Float[Array, "*stack r n"]) -> Float[Array, "*stack r r"]:
     v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
     return _matmul(v, v.mT)
-
-
-def _inverse(gram: Float[Array, "r r"], damping: float) -> Float[Array, "r r"]:
-    root = _inverse_root(gram, damping)
-    return _matmul(root, root.mT)
-
-
-def _inverse_root(gram: Float[Array, "r r"], damping: float) -> Float[Array, "r r"]:
-    """``R`` with ``R R^T`` the inverse: ``V^T R`` has orthonormal columns."""
-    rank = len(gram)
-    # With a mean eigenvalue of 1 no scale of the weights is too small; the rounding is below any damping.
-    mean = jnp.trace(gram) / rank
-    scale = jnp.where(mean > 0, mean, 1)
-    least = damping + 4 * rank * jnp.finfo(gram.dtype).eps
-    lower = jnp.linalg.cholesky(gram / scale + least * jnp.eye(rank, dtype=gram.dtype))
-    eye = jnp.eye(rank, dtype=gram.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True).mT / jnp.sqrt(scale)
