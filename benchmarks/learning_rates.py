@@ -1,16 +1,17 @@
-"""The learning rate after the switch: four published ways and the plain one, on networks of several kinds.
+"""The learning rate after the switch: published ways, the plain one, and the kernel's own step.
 
     python benchmarks/learning_rates.py [--seeds 3] [--networks resnet18 deit_tiny resmlp_s12] [--json FILE]
     python benchmarks/learning_rates.py --networks bert_base --weights FOLDER [--data_dir FOLDER]
     python benchmarks/learning_rates.py --networks deit_tiny resmlp_s12 --control
 
-Each way continues the same training (same seed, same switch, same ranks). ``continue`` lets the schedule go
-on; ``rewarmup`` is that of CIFAR in the original, ``restart`` that of ResNet-50, ``x 1/3`` that of DeiT and
-``x 2`` that of BERT. The networks are small ones on scikit-learn's digits, with few examples and ranks at a
-quarter, so that there is something to lose: what counts is the test loss. BERT is fine-tuned on sentences of
-SST-2, from weights and a tokenizer in --weights, which no package of the project has. With --control one
-layer alone is factorized, at three quarters of its rank: what the ways do to training that is as good as
-full-rank.
+Each way continues the same training (same seed, same switch, same ranks). ``projected`` is the default: the
+schedule goes on, and the factors are preconditioned. The others have plain factors: ``continue`` lets the
+schedule go on; ``rewarmup`` is that of CIFAR in the original, ``restart`` that of ResNet-50, ``x 1/3`` that
+of DeiT and ``x 2`` that of BERT. The networks are small ones on scikit-learn's digits, with few examples and
+ranks at a quarter, so that there is something to lose: what counts is the test loss. BERT is fine-tuned on
+sentences of SST-2, from weights and a tokenizer in --weights, which no package of the project has. With
+--control one layer alone is factorized, at three quarters of its rank: what the ways do to training that is
+as good as full-rank.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from common import report
 from configs import bert_glue, deit_base, quickstart, resmlp_s36
 from cuttlefish_jax.training.loop import run
 
+PLAIN = {"optimizer.precondition": False}
 WAYS: dict[str, dict[str, Any]] = {
-    "continue": {},
-    "rewarmup": {"switch.learning_rate": "rewarmup"},
-    "restart": {"switch.learning_rate": "restart"},
-    "x 1/3": {"switch.learning_rate_factor": 1 / 3},
-    "x 2": {"switch.learning_rate_factor": 2.0},
+    "projected": {},
+    "continue": PLAIN,
+    "rewarmup": PLAIN | {"switch.learning_rate": "rewarmup"},
+    "restart": PLAIN | {"switch.learning_rate": "restart"},
+    "x 1/3": PLAIN | {"switch.learning_rate_factor": 1 / 3},
+    "x 2": PLAIN | {"switch.learning_rate_factor": 2.0},
 }
 DIGITS = {
     "epochs": 24,
@@ -64,7 +67,6 @@ TEXTS = {
     "evaluation.every_epochs": 3,
     "plan.rank_ratio": 0.25,
     "plan.keep": ("pooler",),
-    "switch.learning_rate_factor": 1.0,
     "profile.enabled": False,
 }
 CONTROL = {

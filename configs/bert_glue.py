@@ -14,12 +14,16 @@ for the labels of its test split are not public; the best epoch is chosen by exa
 data. Cost: 11.2 GMAC per text of 128 tokens forward, 3 epochs (5 for MRPC) of 635 (WNLI) to 393 thousand
 (MNLI) texts; made for one GPU or TPU.
 
-The reference has one full-rank epoch, then a fixed rank, 0.45 of the full one, for all of attention, and
-twice the learning rate; its feed-forward kernels are frozen. Of 108,311,810 parameters 105,436,418 are left
+The reference has one full-rank epoch, then a fixed rank, 0.45 of the full one, for all of attention; its
+feed-forward kernels are frozen. Of 108,311,810 parameters 105,436,418 are left
 then, and 48,813,314 of them trained. Cuttlefish's own ranks, of all layers and with nothing frozen:
 
     --config.plan.rank_rule=scaled_stable_rank+accumulative_rank --config.plan.keep="('pooler',)"
-    --config.optimizer.freeze="()" --config.switch.learning_rate_factor=1.0
+    --config.optimizer.freeze="()"
+
+Plain factors at twice the learning rate, as in the reference, are
+
+    --config.optimizer.precondition=False --config.switch.learning_rate_factor=2.0
 
 The switch stays at its fixed epoch: three epochs are too few to see stable ranks converge. Which layers get
 faster is measured on the device first, and only those are factorized; the reference, which does not ask, is
@@ -58,7 +62,6 @@ def get_config(task: str = "sst2"):
 
     config.switch.criterion = "at_epoch"
     config.switch.epoch = 1
-    config.switch.learning_rate_factor = 2.0
     config.plan.rank_rule = "rank_ratio"
     config.plan.rank_ratio = 0.45
     config.plan.keep = ("*/ffn/*", "pooler")

@@ -12,7 +12,7 @@ The paper's own choices are
 
     --config.profile.enabled=False --config.switch.criterion=reference_deit --config.plan.min_rank_ratio=0.5
     --config.plan.rank_rule=scaled_stable_rank --config.switch.learning_rate_factor=0.333
-    --config.switch.optimizer=reset
+    --config.switch.optimizer=reset --config.optimizer.precondition=False
 """
 
 from configs.shared import use_imagenet, use_small_images

@@ -11,7 +11,7 @@ Which stages are factorized is measured on the device. The paper's own choices a
 
     --config.profile.enabled=False --config.plan.keep="('stage1/*',)"
     --config.switch.criterion=reference_cifar --config.switch.learning_rate=rewarmup
-    --config.switch.optimizer=reset
+    --config.switch.optimizer=reset --config.optimizer.precondition=False
 """
 
 from configs.shared import use_small_images

@@ -11,7 +11,7 @@ Which stages are factorized is measured on the device. The paper's own choices a
 
     --config.profile.enabled=False --config.plan.keep="('stage1/*','stage2/*')"
     --config.switch.criterion=reference_cifar --config.switch.learning_rate=rewarmup
-    --config.switch.optimizer=reset
+    --config.switch.optimizer=reset --config.optimizer.precondition=False
 """
 
 from configs.resnet18 import use_cifar_recipe
@@ -25,6 +25,7 @@ def get_config(dataset: str = "cifar10"):
     use_cifar_recipe(config, dataset)
     config.model.name = "vgg19"
     config.plan.extra_batch_norm = dataset == "svhn"
+    config.optimizer.precondition = not config.plan.extra_batch_norm
     # Its first nine convolutions are full-rank.
     config.pufferfish.keep = ("stage1/*", "stage2/*", "stage3/*", "stage4/conv1")
     return config

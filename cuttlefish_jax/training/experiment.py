@@ -124,7 +124,8 @@ class Experiment:
             task, ema=config.optimizer.ema, accumulation_steps=config.optimizer.accumulation_steps
         )
         optimizer = config.optimizer.copy_and_resolve_references()
-        optimizer.frobenius_decay = make_method(config).frobenius_decay
+        method = make_method(config)
+        optimizer.frobenius_decay, optimizer.precondition = method.frobenius_decay, method.precondition
         return Phase(
             model=model,
             plan=plan,

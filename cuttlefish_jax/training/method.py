@@ -44,6 +44,7 @@ class Method:
       rank_rule: at what ranks.
       keep: patterns of layers that stay full-rank.
       frobenius_decay: on the products of factors.
+      precondition: whether the steps of the factors are those of their product.
       uses_profile: whether the layers that do not get faster are kept as well, where they are measured.
     """
 
@@ -51,6 +52,7 @@ class Method:
     rank_rule: cf.RankRule
     keep: tuple[str, ...]
     frobenius_decay: float
+    precondition: bool
     uses_profile: bool = True
 
     @property
@@ -67,6 +69,7 @@ def _cuttlefish(config: Config) -> Method:
         rank_rule=rules[0] if len(rules) == 1 else cf.LargestOf(tuple(rules)),
         keep=tuple(config.plan.keep),
         frobenius_decay=config.optimizer.frobenius_decay,
+        precondition=config.optimizer.precondition,
     )
 
 
@@ -82,6 +85,7 @@ def _pufferfish(config: Config) -> Method:
         criterion=cf.AtEpoch(round(config.pufferfish.switch_share * config.epochs)),
         rank_rule=cf.RankRatio(config.pufferfish.rank_ratio),
         keep=tuple(config.pufferfish.keep),
+        precondition=False,
         uses_profile=False,
     )
 
@@ -93,6 +97,7 @@ def _si_fd(config: Config) -> Method:
         rank_rule=cf.RankRatio(config.si_fd.rank_ratio),
         keep=tuple(config.si_fd.keep),
         frobenius_decay=config.si_fd.frobenius_decay,
+        precondition=False,
         uses_profile=False,
     )
 

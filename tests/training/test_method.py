@@ -39,23 +39,32 @@ def make_config(**settings):
     return config
 
 
-# Criterion, rank rule, layers kept, Frobenius decay; whether the profile and the stable ranks have a say.
+# Criterion, rank rule, layers kept, Frobenius decay, preconditioned factors; whether the profile and the
+# stable ranks have a say.
 EXPECTED = {
-    "cuttlefish": (cf.RelativePlateau(), cf.ScaledStableRank(), ("stem_conv",), 3e-4, True, True),
-    "full_rank": (cf.Never(), cf.ScaledStableRank(), ("stem_conv",), 3e-4, True, False),
-    "vanilla_stable_rank": (cf.RelativePlateau(), cf.StableRank(), ("stem_conv",), 3e-4, True, True),
-    "accumulative_rank": (cf.RelativePlateau(), cf.AccumulativeRank(0.8), ("stem_conv",), 3e-4, True, True),
-    "energy": (cf.RelativePlateau(), cf.EnergyRank(0.9), ("stem_conv",), 3e-4, True, True),
+    "cuttlefish": (cf.RelativePlateau(), cf.ScaledStableRank(), ("stem_conv",), 3e-4, True, True, True),
+    "full_rank": (cf.Never(), cf.ScaledStableRank(), ("stem_conv",), 3e-4, True, True, False),
+    "vanilla_stable_rank": (cf.RelativePlateau(), cf.StableRank(), ("stem_conv",), 3e-4, True, True, True),
+    "accumulative_rank": (
+        cf.RelativePlateau(),
+        cf.AccumulativeRank(0.8),
+        ("stem_conv",),
+        3e-4,
+        True,
+        True,
+        True,
+    ),
+    "energy": (cf.RelativePlateau(), cf.EnergyRank(0.9), ("stem_conv",), 3e-4, True, True, True),
     # 80 of 300 epochs.
-    "pufferfish": (cf.AtEpoch(8), cf.RankRatio(0.25), ("stage1/*",), 3e-4, False, False),
-    "si_fd": (cf.AtEpoch(0), cf.RankRatio(0.08), ("classifier",), 1e-4, False, False),
+    "pufferfish": (cf.AtEpoch(8), cf.RankRatio(0.25), ("stage1/*",), 3e-4, False, False, False),
+    "si_fd": (cf.AtEpoch(0), cf.RankRatio(0.08), ("classifier",), 1e-4, False, False, False),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_is_its_parts(name):
     method = make_method(make_config(method=name))
-    parts = (method.criterion, method.rank_rule, method.keep, method.frobenius_decay)
+    parts = (method.criterion, method.rank_rule, method.keep, method.frobenius_decay, method.precondition)
     assert (*parts, method.uses_profile, method.awaits_ranks) == EXPECTED[name]
 
 
@@ -257,6 +266,7 @@ def test_settings_that_make_no_sense_are_one_line_errors(key, values, rule):
     [{"optimizer.frobenius_decay": 1e-4}, {"method": "si_fd"}, {"optimizer.precondition": True}],
 )
 def test_a_norm_between_the_factors_and_what_looks_at_their_product_exclude_each_other(settings):
-    make_config(**{"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 0.0})
+    plain = {"optimizer.frobenius_decay": 0.0, "optimizer.precondition": False}
+    make_config(**{"plan.extra_batch_norm": True} | plain)
     with pytest.raises(ConfigError, match="exclude each other: set one of them to False"):
-        make_config(**{"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 0.0} | settings)
+        make_config(**{"plan.extra_batch_norm": True} | plain | settings)
