@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 NEAR = 0.003  # accuracies that differ by no more are called equal
 LAST = 3  # evaluated epochs whose mean is the final accuracy
 
-_SMALL = {"model.dtype": "float32", "data.train_examples": 4000, "epochs": 16, "evaluation.every_epochs": 2}
+_SMALL = {"model.dtype": "float32", "data.train_examples": 2000, "epochs": 30, "evaluation.every_epochs": 3}
 # Without the regularisation and the average of the ImageNet recipe, which are for 300 epochs.
 _SHORT = {"data.mixup": 0.0, "data.cutmix": 0.0, "data.repeated_augmentation": 1, "model.drop_path": 0.0}
 _SHORT |= {"optimizer.ema": 0.0, "loss.label_smoothing": 0.0}
@@ -47,7 +47,7 @@ EXPERIMENTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         _SMALL
         | _SHORT
         | {"model.width": 192, "model.depth": 4, "model.heads": 3, "model.patch": 7, "batch_size": 64}
-        | {"schedule.warmup_epochs": 2.0, "data.image_size": 28, "data.channels": 1, "data.crop_padding": 2},
+        | {"schedule.warmup_epochs": 3.0, "data.image_size": 28, "data.channels": 1, "data.crop_padding": 2},
     ),
     # The whole data set and the whole networks, for an accelerator.
     "resnet18_gpu": (
