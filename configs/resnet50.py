@@ -39,7 +39,6 @@ def get_config(dataset: str = "imagenet"):
     config.schedule.milestones = (1 / 3, 2 / 3, 8 / 9)
 
     config.plan.extra_batch_norm = True
-    config.optimizer.precondition = False  # the step of a product with a norm inside is another
     config.plan.min_rank_ratio = 0.2
     # The last stage's shortcut is the only large one.
     config.plan.factorize = ("stage4/block1/shortcut_conv",)

@@ -25,7 +25,6 @@ def get_config(dataset: str = "cifar10"):
     use_cifar_recipe(config, dataset)
     config.model.name = "vgg19"
     config.plan.extra_batch_norm = dataset == "svhn"
-    config.optimizer.precondition = not config.plan.extra_batch_norm
     # Its first nine convolutions are full-rank.
     config.pufferfish.keep = ("stage1/*", "stage2/*", "stage3/*", "stage4/conv1")
     return config

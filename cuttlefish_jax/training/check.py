@@ -82,11 +82,6 @@ def check_config(config: Config) -> None:
     for key in ("optimizer.ema", "pufferfish.switch_share", "model.drop_path", "switch.rank_tolerance"):
         _check_number(config, key, lambda value: 0 <= value < 1, "in [0, 1)")
     _check_number(config, "switch.learning_rate_factor", lambda value: value > 0, "above 0")
-    if config.plan.extra_batch_norm and make_method(config).precondition:
-        raise ConfigError(
-            "config.plan.extra_batch_norm and config.optimizer.precondition exclude each other: set one of "
-            "them to False or 0"
-        )
     if config.plan.extra_batch_norm and make_method(config).frobenius_decay:
         raise ConfigError(
             "config.plan.extra_batch_norm and Frobenius decay (config.optimizer.frobenius_decay, or that of "

@@ -86,7 +86,7 @@ def default_config() -> Config:
             b2=0.999,
             weight_decay=1e-4,  # kernels only; coupled (L2) with sgd, decoupled with adamw
             frobenius_decay=0.0,  # on the products of factors, in place of their weight decay
-            precondition=True,  # steps of the factors are those of their product
+            precondition=True,  # steps of the factors are those of their product, if no norm is between them
             clip_norm=0.0,  # global norm of the gradient
             ema=0.0,  # decay of the moving average of the parameters, evaluated in their place
             freeze=(),  # patterns of layers whose kernels are not trained

@@ -44,7 +44,8 @@ class Method:
       rank_rule: at what ranks.
       keep: patterns of layers that stay full-rank.
       frobenius_decay: on the products of factors.
-      precondition: whether the steps of the factors are those of their product.
+      precondition: whether the steps of the factors are those of their product, which a norm between them
+        excludes.
       uses_profile: whether the layers that do not get faster are kept as well, where they are measured.
     """
 
@@ -69,7 +70,7 @@ def _cuttlefish(config: Config) -> Method:
         rank_rule=rules[0] if len(rules) == 1 else cf.LargestOf(tuple(rules)),
         keep=tuple(config.plan.keep),
         frobenius_decay=config.optimizer.frobenius_decay,
-        precondition=config.optimizer.precondition,
+        precondition=config.optimizer.precondition and not config.plan.extra_batch_norm,
     )
 
 

@@ -263,10 +263,11 @@ def test_settings_that_make_no_sense_are_one_line_errors(key, values, rule):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer.frobenius_decay": 1e-4}, {"method": "si_fd"}, {"optimizer.precondition": True}],
+    [{"optimizer.frobenius_decay": 1e-4}, {"method": "si_fd"}],
 )
 def test_a_norm_between_the_factors_and_what_looks_at_their_product_exclude_each_other(settings):
-    plain = {"optimizer.frobenius_decay": 0.0, "optimizer.precondition": False}
-    make_config(**{"plan.extra_batch_norm": True} | plain)
+    settings_of_norms = {"plan.extra_batch_norm": True, "optimizer.frobenius_decay": 0.0}
+    assert make_method(make_config()).precondition
+    assert not make_method(make_config(**settings_of_norms)).precondition
     with pytest.raises(ConfigError, match="exclude each other: set one of them to False"):
-        make_config(**{"plan.extra_batch_norm": True} | plain | settings)
+        make_config(**settings_of_norms | settings)
