@@ -51,7 +51,12 @@ def check(summary, workdir):
     assert phases == ["full_rank", "low_rank"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def some(names, *, large):
+    """Parameters of a test, of which some are for the large suite: they differ from another in one number."""
+    return [pytest.param(name, marks=[pytest.mark.large] if name in large else []) for name in names]
+
+
+@pytest.mark.parametrize("name", some(NETWORKS, large={"wide_resnet50_2"}))
 def test_small_images(name, tmp_path):
     config = small(name, "digits", **NETWORKS[name])
     summary = run(config, tmp_path)
@@ -83,9 +88,10 @@ def test_examples_of_the_readme(name, tmp_path):
     check(run(config, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "method", ["pufferfish", "si_fd", "vanilla_stable_rank", "accumulative_rank", "energy"]
-)
+METHODS = ["pufferfish", "si_fd", "vanilla_stable_rank", "accumulative_rank", "energy"]
+
+
+@pytest.mark.parametrize("method", some(METHODS, large={"vanilla_stable_rank", "accumulative_rank"}))
 def test_every_method_switches(method, tiny_config, tmp_path):
     config = tiny_config(
         **{
