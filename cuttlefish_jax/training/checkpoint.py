@@ -29,11 +29,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cuttlefish_jax.training.errors import CheckpointError, StorageError, storage_errors
+from cuttlefish_jax.training.errors import CheckpointError, StorageError, UserError, storage_errors
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
+# 2 has records from within epochs. 1 is read, too: what its records and arrays lack has defaults.
+_FORMAT = 2
 # A checkpoint, or one that waits for its replacement under the same step to be whole.
 _CHECKPOINT = re.compile(r"(\d+)(\.replaced)?")
 _LEFTOVER = re.compile(r"\d+(\.replaced|\.orbax-checkpoint-tmp.*)")
@@ -55,11 +56,12 @@ class Restored:
     leaves: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     key_types: Mapping[str, str] = dataclasses.field(repr=False)
 
-    def into(self, abstract: Any) -> Any:
+    def into(self, abstract: Any, *, defaults: Any = None) -> Any:
         """The arrays in the tree that they were saved from, bit for bit.
 
         Args:
           abstract: that tree, of ``jax.ShapeDtypeStruct`` (from ``jax.eval_shape``) or of arrays.
+          defaults: parts of that tree, as dicts of arrays, for what older versions did not save.
 
         Returns:
           The same tree of numpy arrays, on the host; random keys are jax arrays.
@@ -68,30 +70,29 @@ class Restored:
           CheckpointError: if the checkpoint is of another tree; the message has the first difference.
         """
         wanted = _named_leaves(jax.eval_shape(lambda tree: tree, abstract))
-        for name in [*wanted, *self.leaves]:
-            ours, theirs = wanted.get(name), self.leaves.get(name)
+        added = {name: leaf for name, leaf in _host_leaves(defaults)[0].items() if name in wanted}
+        leaves = {**added, **self.leaves}
+        for name in [*wanted, *leaves]:
+            ours, theirs = wanted.get(name), leaves.get(name)
             expected = None if ours is None else _describe(_key_data_shape(ours), ours.dtype)
-            found = None if theirs is None else _describe(theirs.shape, self._dtype(name))
+            found = None if theirs is None else _describe(theirs.shape, self._dtype(name, theirs))
             if expected != found:
                 raise CheckpointError(
                     f"the checkpoint {self.directory} is of another model: {name} is {found or 'missing'} "
                     f"there and {expected or 'not needed'} here. Use the settings that it was made with, or "
                     "another --workdir"
                 )
-        leaves = [
-            jax.random.wrap_key_data(jnp.asarray(self.leaves[name]), impl=self.key_types[name])
+        ordered = [
+            jax.random.wrap_key_data(jnp.asarray(leaves[name]), impl=self.key_types[name])
             if name in self.key_types
-            else self.leaves[name]
+            else leaves[name]
             for name in wanted
         ]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return jax.tree.unflatten(jax.tree.structure(abstract), ordered)
 
-    def _dtype(self, name: str) -> Any:
-        return (
-            jax.random.key(0, impl=self.key_types[name]).dtype
-            if name in self.key_types
-            else self.leaves[name].dtype
-        )
+    def _dtype(self, name: str, leaf: np.ndarray) -> Any:
+        key_type = self.key_types.get(name)
+        return leaf.dtype if key_type is None else jax.random.key(0, impl=key_type).dtype
 
 
 class Checkpointer:
@@ -202,7 +203,8 @@ class Checkpointer:
           The checkpoint, or None if none was ever finished.
 
         Raises:
-          CheckpointError: if there are checkpoints and none of them is whole.
+          CheckpointError: if there are checkpoints and none of them is whole, or the last one is of a newer
+            version of this package: going on from an older one would lose what that has trained.
           StorageError: if the directory cannot be read.
         """
         with storage_errors(self.directory, action="read"):
@@ -246,7 +248,7 @@ class Checkpointer:
         try:
             with storage_errors(directory, action="read"):
                 return "", self._verified(directory)
-        except (StorageError, MemoryError):
+        except (UserError, MemoryError):
             raise
         except _DamagedError as error:
             return str(error), None
@@ -261,8 +263,13 @@ class Checkpointer:
         record_args = ocp.args.Composite(record=ocp.args.JsonRestore())
         payload = self._orbax.restore(directory, args=record_args)["record"]
         stated = payload.pop("sha256")
-        if payload["format"] != _FORMAT or _digest_of_json(payload) != stated:
+        if _digest_of_json(payload) != stated:
             raise _DamagedError("its record was altered")
+        if payload["format"] > _FORMAT:
+            raise CheckpointError(
+                f"the checkpoint {directory} is of format {payload['format']}, and this version of "
+                f"cuttlefish_jax reads formats up to {_FORMAT}: update it, or give another --workdir"
+            )
         specs: dict[str, dict[str, Any]] = payload["leaves"]
         # Host arrays without memory: orbax then reads to the host, whatever devices were there at the save.
         abstract = {

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import report
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.config import Config
+from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import (
@@ -37,6 +37,9 @@ from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
 
+# Settings that a run may go on with changed.
+_MAY_CHANGE = ("checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep")
+
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains as configured, or goes on with the run that was interrupted in ``workdir``.
@@ -55,12 +58,13 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     is_writer = jax.process_index() == 0
     with Workdir(workdir, is_writer=is_writer) as directory:
+        belongs = {"ignore": _MAY_CHANGE, "defaults": default_config()}
         if directory.is_finished:
-            directory.claim(config)
+            directory.check(config, **belongs)
             print(f"{directory.path} is finished: see summary.json there, or give another --workdir")
             return directory.read_json("summary.json") or {}
         experiment = Experiment.from_config(config)
-        directory.check(config)
+        directory.check(config, **belongs)
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
@@ -95,7 +99,8 @@ class _Run:
         self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
         self.phase, self.state = self._start()
         self.switcher = Switcher(self.experiment, replicated)
-        self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
+        if self.directory.read_json("config.json") is None:
+            self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
 
     def to_the_end(self) -> dict[str, Any]:
@@ -135,7 +140,8 @@ class _Run:
             self.progress = progress = Progress.from_record(restored.record, self.progress.tracker)
             steps = self.experiment.train.steps_per_epoch
             phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
-            state = restored.into(self.experiment.abstract_state(phase))
+            vectors = {"rank_vectors": self.meter.initial_vectors}
+            state = restored.into(self.experiment.abstract_state(phase), defaults=vectors)
             within = (
                 f", {progress.totals.steps} of {steps} steps of the next" if progress.totals.steps else ""
             )

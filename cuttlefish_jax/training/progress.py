@@ -68,12 +68,14 @@ class Progress:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], tracker: RankTracker) -> Progress:
-        """The progress that :meth:`to_record` wrote.
+        """The progress that :meth:`to_record` wrote; what an older version did not write is as at the start.
 
         Args:
           record: the JSON.
           tracker: a fresh tracker with the run's criterion.
         """
+        new = cls(tracker).to_record()
+        record = new | record | {"seconds": new["seconds"] | record["seconds"]}
         plans = {
             name: None if record[name] is None else FactorizationPlan.from_json(record[name])
             for name in ("plan", "foreseen")

@@ -65,12 +65,19 @@ class Workdir:
         """Whether a run came to its end here: ``summary.json`` is the last thing that it writes."""
         return (self.path / "summary.json").exists()
 
-    def claim(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> bool:
+    def claim(
+        self,
+        config: Mapping[str, Any],
+        *,
+        ignore: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Makes the directory that of a run with these settings, or checks that it is.
 
         Args:
           config: the run's settings, nested, of JSON types (tuples count as lists); a ConfigDict or a dict.
           ignore: dotted names of settings that may change between a run and its continuation.
+          defaults: of settings, nested: one that the run was started without, by an older version, had that.
 
         Returns:
           Whether there was no run here before.
@@ -78,18 +85,25 @@ class Workdir:
         Raises:
           WorkdirError: if the directory belongs to a run with other settings; the message has all of them.
         """
-        is_free = self.check(config, ignore=ignore)
+        is_free = self.check(config, ignore=ignore, defaults=defaults)
         if is_free:
             self.write_json("config.json", json.loads(_to_json(config)))
         return is_free
 
-    def check(self, config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> bool:
+    def check(
+        self,
+        config: Mapping[str, Any],
+        *,
+        ignore: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """As :meth:`claim`, but a directory without a run stays free: its settings may yet turn out wrong."""
         ours = json.loads(_to_json(config))
         theirs = self.read_json("config.json")
         if theirs is None:
             return True
-        theirs, ours = _flatten(theirs), _flatten(ours)
+        theirs = _flatten(json.loads(_to_json(defaults or {}))) | _flatten(theirs)
+        ours = _flatten(ours)
         different = [
             f"{key} (there {_show(theirs, key)}, here {_show(ours, key)})"
             for key in dict.fromkeys([*theirs, *ours])

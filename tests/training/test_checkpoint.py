@@ -253,9 +253,46 @@ def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
 
 
+def rewrite_record(checkpoint, change):
+    """Changes a record and its hash with it."""
+    file = checkpoint / "record" / "metadata"
+    payload = json.loads(file.read_text())
+    payload.pop("sha256")
+    change(payload)
+    canonical = json.dumps(payload, sort_keys=True).encode()
+    file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path):
+    save_all(tmp_path, [1, 2])
+    rewrite_record(tmp_path / "2", lambda payload: payload.update(format=3))
+    before = [(file, file.read_bytes()) for file in data_files(tmp_path)]
+    with pytest.raises(CheckpointError, match=r"/2 is of format 3, .* reads formats up to 2: update it, or"):
+        restore(tmp_path)
+    assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
+
+
+def test_a_checkpoint_of_format_1_is_read_and_what_it_lacks_has_defaults(tmp_path):
+    old = make_state(1)
+    del old["params"]["dense"]["bias"]
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, old, {})
+    rewrite_record(tmp_path / "1", lambda payload: payload.update(format=1))
+    restored = restore(tmp_path)
+    assert_same_bits(restored.into(old), old)
+    # Defaults stand back behind what was saved, and may have more than is wanted.
+    defaults = {"params": {"dense": {"bias": np.full(8, 3, np.float32), "kernel": np.ones((5, 8))}}, "no": 1}
+    completed = restored.into(make_state(2), defaults=defaults)
+    np.testing.assert_array_equal(completed["params"]["dense"].pop("bias"), np.full(8, 3, np.float32))
+    assert_same_bits(completed, old)
+    with pytest.raises(CheckpointError, match=r"dense/bias is float32\[9\] there and float32\[8\] here"):
+        restored.into(make_state(2), defaults={"params": {"dense": {"bias": np.ones(9, np.float32)}}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda payload: payload.update(format="2"), "its files are damaged"),
         (lambda payload: payload["leaves"]["half"].update(shape=[2**44]), "its array half was altered"),
         (lambda payload: payload["leaves"]["half"].update(shape=[2, 2]), "its array half was altered"),
         (lambda payload: payload["leaves"]["half"].update(dtype="object"), "its files are damaged"),
@@ -268,12 +305,7 @@ def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
 def test_a_record_made_by_somebody_who_means_harm(tmp_path, change, message):
     """Its own hash is right: whoever can write the file can compute that, too."""
     save_all(tmp_path / "checkpoints", [1])
-    file = tmp_path / "checkpoints" / "1" / "record" / "metadata"
-    payload = json.loads(file.read_text())
-    payload.pop("sha256")
-    change(payload)
-    canonical = json.dumps(payload, sort_keys=True).encode()
-    file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))
+    rewrite_record(tmp_path / "checkpoints" / "1", change)
     with pytest.raises(CheckpointError, match=message):
         restore(tmp_path / "checkpoints")
     assert names(tmp_path) == ["checkpoints"]

@@ -67,6 +67,14 @@ def test_settings_that_only_one_side_knows_are_differences(workdir):
         workdir.claim({"a": {"b": 1, "new": 3}})
 
 
+def test_settings_that_an_older_version_did_not_know_had_their_defaults(workdir):
+    workdir.claim({"a": {"b": 1}})
+    defaults = {"a": {"b": 0, "new": 3}}
+    assert not workdir.check({"a": {"b": 1, "new": 3}}, defaults=defaults)
+    with pytest.raises(WorkdirError, match=r"settings: a.new \(there 3, here 4\)\."):
+        workdir.check({"a": {"b": 1, "new": 4}}, defaults=defaults)
+
+
 @pytest.mark.parametrize("text", [b'{"seed": ', b"[" * 100_000, b"\xff\xfe{"])
 def test_a_damaged_json_file_is_named(workdir, text):
     (workdir.path / "config.json").write_bytes(text)
