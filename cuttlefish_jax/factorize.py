@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, is_box, kernel_matrix, reboxed, subtree, unboxed
-from cuttlefish_jax.matrices import map_matrices
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, map_matrices
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     The factors come from the eigenvectors of the smaller Gram matrix, in float32 on the device: their
     product is the truncated SVD's (Eckart-Young), singular values below 3e-4 of the largest one not told
     apart, and the kernel itself at full rank. They are balanced: both carry the square roots of the singular
-    values.
+    values. Those of a kernel with a NaN or an infinity are NaN, and no other layer's; a plan from stable
+    ranks is never made of such a kernel.
 
     Args:
       params: the params tree of the model (not changed), or an ``nnx.State`` with its params, or an NNX
@@ -218,7 +219,7 @@ def _balanced(w: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array,
         return u.mT, v.mT
     # With its largest entry scaled to 1, no square overflows or vanishes.
     scale = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
-    scale = jnp.where(scale > 0, scale, 1)
+    scale = jnp.minimum(jnp.where(scale > 0, scale, 1), LARGEST_DIVISOR)
     w = w / scale
     # Whatever the rounding of q and s, u v = w q q^T: an orthogonal projection of w, exact at full rank.
     eigenvalues, q = jnp.linalg.eigh(_matmul(w.mT, w))

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel
+from cuttlefish_jax.matrices import LARGEST_DIVISOR
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -285,7 +286,8 @@ class _Gram:
             largest.append(jnp.ravel(jnp.max(half, range(len(gram.stack), half.ndim))))
         ends = np.cumsum([len(x) for x in largest])[:-1]
         sizes = jnp.concatenate(largest)
-        scales = jnp.where(jnp.isfinite(sizes), 1 / jnp.where(sizes > 0, sizes, 1), jnp.nan)
+        divisors = jnp.minimum(jnp.where(sizes > 0, sizes, 1), LARGEST_DIVISOR)
+        scales = jnp.where(jnp.isfinite(sizes), 1 / divisors, jnp.nan)
         for gram, scale in zip(grams, jnp.split(scales, ends), strict=True):
             gram.scale = scale.reshape(gram.scale.shape)
         return grams

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+# Of float32. Compilers divide by a number by multiplying with its reciprocal, taken for zero where that
+# is subnormal. Entries that are divided by no more than this are still below 4.
+LARGEST_DIVISOR = 2.0**126
+
 
 def map_matrices(
     fn: Callable[[Float[Array, "m n"]], Any], matrices: Sequence[Float[Array, "*stack m n"]]

@@ -22,7 +22,7 @@ import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_matrix, subtree, unboxed
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
-from cuttlefish_jax.matrices import map_matrices
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, map_matrices
 from cuttlefish_jax.params import unwrap
 
 if TYPE_CHECKING:
@@ -305,12 +305,15 @@ def _scaled(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Arr
     """The matrix with its largest entry scaled to 1, and the scale: 0, NaN or inf if there is no such."""
     scale = jnp.max(jnp.abs(matrix))
     usable = (scale > 0) & jnp.isfinite(scale)
+    scale = jnp.where(usable, jnp.minimum(scale, LARGEST_DIVISOR), scale)
     return jnp.where(usable, matrix / jnp.where(usable, scale, 1), 0), scale
 
 
 def _ratio(numerator: Array, denominator: Array, scale: Array) -> Float[Array, ""]:
     """``numerator / denominator``, but 0 for a matrix of zeros and NaN for one that is not finite."""
-    ratio = jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    # Of a matrix that is not zero the denominator is, if what it was computed from has overflowed.
+    otherwise = jnp.where(numerator > 0, jnp.nan, 0)
+    ratio = jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), otherwise)
     return jnp.where(jnp.isfinite(scale), ratio, jnp.nan)
 
 
@@ -366,16 +369,23 @@ def _largest_gram_eigenvalue(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
     return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
-def _spectrum(matrix: Float[Array, "m n"]) -> Float[Array, " k"]:
+def _relative_spectrum(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " k"], Float[Array, ""]]:
+    """The singular values of the scaled matrix, and the scale."""
     matrix, scale = _scaled(matrix)
     squares = jnp.linalg.eigvalsh(_gram(matrix))[::-1]
     # Rounding makes zero eigenvalues negative.
-    return jnp.where(jnp.isfinite(scale), scale * jnp.sqrt(jnp.maximum(squares, 0)), jnp.nan)
+    return jnp.sqrt(jnp.maximum(squares, 0)), scale
+
+
+def _spectrum(matrix: Float[Array, "m n"]) -> Float[Array, " k"]:
+    relative, scale = _relative_spectrum(matrix)
+    return jnp.where(jnp.isfinite(scale), scale * relative, jnp.nan)
 
 
 def _accumulative_rank(matrix: Float[Array, "m n"], *, p: Array) -> Int[Array, ""]:
-    sums = jnp.cumsum(_spectrum(matrix))
+    relative, scale = _relative_spectrum(matrix)
+    sums = jnp.cumsum(relative)
     # The tolerance lets an exact tie, such as 4 of 5 equal values at p = 0.8, count as reached.
     below = sums < p * sums[-1] * (1 - 1e-5)
     rank = 1 + jnp.sum(below, dtype=jnp.int32)
-    return jnp.where(jnp.isfinite(sums[-1]), rank, 0)
+    return jnp.where(jnp.isfinite(scale), rank, 0)

@@ -47,12 +47,14 @@ class Measured:
 
 def measure(
     kernel: Kernel,
-    rule: RankRule,
+    rule: RankRule | None,
     ranks_t: Mapping[str, Any] | None,
     ranks_0: Mapping[str, Any] | None,
     singular_values: Mapping[str, Any] | None,
 ) -> Measured:
     """What the mappings say of a kernel.
+
+    Without a rule nothing is needed, but what there is has to be finite: a kernel with a NaN gets no rank.
 
     Raises:
       ValueError: where they lack what the rule needs, or a value is not what it should be.
@@ -66,18 +68,20 @@ def measure(
         return None
 
     name, stack = type(rule).__name__, kernel.stack_shape
-    if rule.needs_stable_ranks and ranks_t is None:
+    ranks_needed = rule is not None and rule.needs_stable_ranks
+    spectra_needed = rule is not None and rule.needs_singular_values
+    if ranks_needed and ranks_t is None:
         raise ValueError(
             f"rank_rule {name} needs stable ranks: pass ranks_t=cf.stable_ranks(params, kernels)"
         )
-    if rule.needs_singular_values and singular_values is None:
+    if spectra_needed and singular_values is None:
         raise ValueError(
             f"rank_rule {name} needs singular values: "
             "pass singular_values=cf.singular_values(params, kernels)"
         )
-    now = value(ranks_t, "stable rank", rule.needs_stable_ranks, (), stack)
-    initial = value(ranks_0, "stable rank", rule.needs_stable_ranks, (), stack)
-    sigmas = value(singular_values, "spectrum", rule.needs_singular_values, (*stack, kernel.max_rank))
+    now = value(ranks_t, "stable rank", ranks_needed, (), stack)
+    initial = value(ranks_0, "stable rank", ranks_needed, (), stack)
+    sigmas = value(singular_values, "spectrum", spectra_needed, (*stack, kernel.max_rank))
     return Measured(
         kernel=kernel,
         stable_rank=None if now is None else np.broadcast_to(now, stack),

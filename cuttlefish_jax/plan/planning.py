@@ -137,11 +137,12 @@ def make_plan(
         bounds = RankBounds.of(
             kernel, rule, round_to=round_to, min_rank_ratio=min_rank_ratio, max_rank_ratio=max_rank_ratio
         )
-        if rule is not None and (rank := rule.fixed_rank(kernel)) is not None:
+        rank = None if rule is None else rule.fixed_rank(kernel)
+        measured = measure(kernel, rank_rule if rank is None else None, ranks_t, ranks_0, singular_values)
+        if rule is not None and rank is not None:
             rank = rank if rule.rank is not None else bounds.fit(rank)
             reason = objection(kernel, rule, rank)
             return Decision(kernel=kernel, rank=None if reason else rank, why=reason or by)
-        measured = measure(kernel, rank_rule, ranks_t, ranks_0, singular_values)
         if reason := zero_kernel(measured):
             return Decision(kernel=kernel, rank=None, why=reason)
         rank = bounds.fit(rank_rule.rank(measured))
