@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.errors import ConfigError, check_setting
 from cuttlefish_jax.training.method import CRITERIA, METHODS, RANK_RULES, make_method
+from cuttlefish_jax.training.parallelism import PARALLELISMS
 from cuttlefish_jax.training.schedule import AFTER_SWITCH
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def check_config(config: Config) -> None:
     """
     one_of = {
         "method": (config.method, tuple(METHODS)),
+        "parallelism": (config.parallelism, PARALLELISMS),
         "switch.criterion": (config.switch.criterion, tuple(CRITERIA)),
         "switch.if_never": (config.switch.if_never, ("full_rank", "switch")),
         "switch.optimizer": (config.switch.optimizer, ("carry", "reset")),

@@ -25,6 +25,7 @@ def default_config() -> Config:
     config.seed = 0
     config.epochs = 1
     config.batch_size = 128  # global: shared by all devices of all hosts
+    config.parallelism = "pmap"  # the state whole on every device; or fsdp: split over them
 
     config.model = ConfigDict(
         dict(

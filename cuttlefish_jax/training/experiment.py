@@ -22,11 +22,12 @@ from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import make_method, plan_from_config
 from cuttlefish_jax.training.network import create_network
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded, Layout
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule
-from cuttlefish_jax.training.state import TrainState, create_state
-from cuttlefish_jax.training.step import AXIS, Compiled, make_eval_step, make_train_step
+from cuttlefish_jax.training.state import TrainState, create_params, create_state
+from cuttlefish_jax.training.step import Compiled, make_eval_step, make_train_step
 from cuttlefish_jax.training.tasks import Task, load_task
 
 
@@ -120,8 +121,9 @@ class Experiment:
             length = dict(epochs=config.epochs, steps_per_epoch=self.train.steps_per_epoch)
             schedule = after_switch(schedule, switch_step, config.schedule, config.switch, **length)
         model = self.model if plan is None else cf.factorize(self.model, plan)
+        layout = self._layout(model, plan)
         train_step = make_train_step(
-            task, ema=config.optimizer.ema, accumulation_steps=config.optimizer.accumulation_steps
+            task, layout, ema=config.optimizer.ema, accumulation_steps=config.optimizer.accumulation_steps
         )
         optimizer = config.optimizer.copy_and_resolve_references()
         method = make_method(config)
@@ -131,18 +133,26 @@ class Experiment:
             plan=plan,
             schedule=schedule,
             tx=make_optimizer(optimizer, schedule, plan=plan),
+            layout=layout,
             train_step=train_step,
-            eval_step=make_eval_step(model.apply, task, num_splits=len(self.evaluation)),
+            eval_step=make_eval_step(model.apply, task, layout, num_splits=len(self.evaluation)),
         )
 
+    def _layout(self, model: nn.Module, plan: cf.FactorizationPlan | None) -> Layout:
+        if self.config.parallelism == "pmap":
+            return DataParallel()
+        params = jax.eval_shape(functools.partial(create_params, model, self.task.inputs))
+        return FullySharded.of(params, self.kernels, plan)
+
     def create_state(self, phase: Phase) -> TrainState:
-        """A state at random initialisation, or with the pre-trained weights that the configuration names.
+        """A state on the devices, at random initialisation or with the configured pre-trained weights.
 
         Raises:
           ConfigError: if the weights do not fit the network.
         """
+        shardings = phase.layout.shardings(self.abstract_state(phase))
         # Run once: optimising the program would take longer than it saves.
-        init = jax.jit(lambda: self._create_state(phase)).lower()
+        init = jax.jit(lambda: self._create_state(phase), out_shardings=shardings).lower()
         state = init.compile(compiler_options={"xla_backend_optimization_level": "0"})()
         config = self.config.model
         if not config.pretrained:
@@ -154,7 +164,7 @@ class Experiment:
             )
         # A copy: the buffers of a state are donated, and none may be donated twice.
         average = None if state.ema_params is None else jax.tree.map(np.array, variables["params"])
-        return state.replace(**variables, ema_params=average)
+        return phase.layout.place(state.replace(**variables, ema_params=average))
 
     def abstract_state(self, phase: Phase) -> TrainState:
         """The shapes and dtypes of a state."""
@@ -229,6 +239,7 @@ class Phase:
       plan: of the factorized model; ``None`` in the full-rank phase.
       schedule: learning rate of a step.
       tx: the optimizer.
+      layout: how its states lie on the devices.
       train_step: see :func:`make_train_step`.
       eval_step: see :func:`make_eval_step`.
     """
@@ -237,6 +248,7 @@ class Phase:
     plan: cf.FactorizationPlan | None
     schedule: optax.Schedule
     tx: optax.GradientTransformation
+    layout: Layout
     train_step: Compiled
     eval_step: Compiled
 

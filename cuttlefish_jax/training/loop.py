@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import report
@@ -31,7 +30,6 @@ from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.state import TrainState
-from cuttlefish_jax.training.step import AXIS
 from cuttlefish_jax.training.summary import summarize
 from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
@@ -90,15 +88,12 @@ class _Run:
         self.checkpointer = checkpointer
         self.best = best
         self.progress = Progress(make_tracker(self.config))
-        replicated = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
-        # A program, and not device_put, which cannot put random keys on the devices of other hosts.
-        self.replicate = jax.jit(lambda state: state, out_shardings=replicated)
         self.notice = Notice()
         self.saved: tuple[int, int, str] | None = None
         self.rank_seconds = 0.0
         self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
         self.phase, self.state = self._start()
-        self.switcher = Switcher(self.experiment, replicated)
+        self.switcher = Switcher(self.experiment)
         if self.directory.read_json("config.json") is None:
             self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
@@ -142,6 +137,7 @@ class _Run:
             phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
             vectors = {"rank_vectors": self.meter.initial_vectors}
             state = restored.into(self.experiment.abstract_state(phase), defaults=vectors)
+            state = phase.layout.place(state)
             within = (
                 f", {progress.totals.steps} of {steps} steps of the next" if progress.totals.steps else ""
             )
@@ -154,7 +150,6 @@ class _Run:
         # What was written after the checkpoint will be written again.
         self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
         self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
-        state = self.replicate(state)
         if phase.plan is None:
             # Compiles the measurement, which is not to happen behind the steps of an epoch.
             start = time.perf_counter()
@@ -205,7 +200,9 @@ class _Run:
             self.experiment.kernels,
             self.progress.ranks_t,
             self.progress.ranks_0,
-            singular_values=self._singular_values(),
+            singular_values=self.meter.singular_values(self.state)
+            if needs_singular_values(self.config)
+            else None,
             profile=self.experiment.profile,
         )
 
@@ -229,6 +226,7 @@ class _Run:
             experiment.task,
             self.state,
             experiment.train,
+            low.phase.layout,
             epoch=epoch,
             batches=self.config.switch.recalibration_batches,
         )
@@ -241,12 +239,6 @@ class _Run:
         progress.seconds["stall"] += stall
         progress.seconds["background" if was_ahead else "compile"] += low.seconds
         progress.seconds["switch"] += stall - (0 if was_ahead else low.seconds)
-
-    def _singular_values(self) -> dict[str, Any] | None:
-        """Of all kernels, if the plan looks at more than the stable ranks."""
-        if not needs_singular_values(self.config):
-            return None
-        return jax.device_get(cf.singular_values(self.state.params, self.experiment.kernels))
 
     def _train(self, epoch: int) -> dict[str, Any]:
         """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.training.parallelism import device_mesh
 from cuttlefish_jax.training.state import TrainState
 
 
@@ -25,9 +28,15 @@ class RankMeter:
 
     def __init__(self, kernels: Mapping[str, cf.Kernel], method: str):
         self._kernels = kernels
-        self._method = method
+        self._method: Any = method
         self._started: dict[str, Any] = {}
         self._vectors: Any = None
+        # Whole on every device, however the parameters are split.
+        everywhere = NamedSharding(device_mesh(), PartitionSpec())
+        jit = functools.partial(jax.jit, out_shardings=everywhere)
+        self._warm = jit(lambda params, vectors: cf.warm_stable_ranks(params, kernels, vectors))
+        self._ranks = jit(lambda params: cf.stable_ranks(params, kernels, method=self._method))
+        self._singular_values = jit(lambda params: cf.singular_values(params, kernels))
 
     @property
     def initial_vectors(self) -> dict[str, Any]:
@@ -37,11 +46,9 @@ class RankMeter:
     def start(self, state: TrainState) -> None:
         """Starts a measurement, without waiting for it."""
         if self._method != "warm":
-            self._started = cf.stable_ranks(state.params, self._kernels, method=self._method)  # pyright: ignore[reportArgumentType]
+            self._started = self._ranks(state.params)
         else:
-            self._started, self._vectors = cf.warm_stable_ranks(
-                state.params, self._kernels, state.rank_vectors
-            )
+            self._started, self._vectors = self._warm(state.params, state.rank_vectors)
 
     def advance(self, state: TrainState) -> TrainState:
         """The state that was measured, with the vectors that the next measurement starts from."""
@@ -61,3 +68,7 @@ class RankMeter:
         """``{path: stable rank}``, plain numbers, or lists of them for stacked layers."""
         ranks = jax.device_get(self._started)
         return {path: ranks[path].tolist() for path in self._kernels}
+
+    def singular_values(self, state: TrainState) -> dict[str, Any]:
+        """All singular values of every kernel, on the host; waits for them."""
+        return jax.device_get(self._singular_values(state.params))

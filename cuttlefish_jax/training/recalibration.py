@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cuttlefish_jax.training.data import TrainInput, materialize
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, Layout
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import Compiled
-from cuttlefish_jax.training.tasks import AXIS, Task
+from cuttlefish_jax.training.tasks import Task
 
 
-def recalibrate(task: Task, state: TrainState, data: TrainInput, *, epoch: int, batches: int) -> TrainState:
+def recalibrate(
+    task: Task,
+    state: TrainState,
+    data: TrainInput,
+    layout: Layout | None = None,
+    *,
+    epoch: int,
+    batches: int,
+) -> TrainState:
     """Sets the running statistics of all batch norms to their means over training batches.
 
     Every batch weighs the same, and nothing is left of what the statistics were. They are averaged over all
@@ -22,8 +33,9 @@ def recalibrate(task: Task, state: TrainState, data: TrainInput, *, epoch: int, 
 
     Args:
       task: what is learnt.
-      state: replicated over the devices; not donated.
+      state: on the devices; not donated.
       data: the training input.
+      layout: of the state; by default every device has all of it.
       epoch: whose first batches are taken, those that training is going to see.
       batches: how many, at most an epoch's; 0 changes nothing.
 
@@ -32,46 +44,53 @@ def recalibrate(task: Task, state: TrainState, data: TrainInput, *, epoch: int, 
     """
     if not batches or not jax.tree.leaves(state.batch_stats):
         return state
-    step = make_statistics_step(task)
+    step = make_statistics_step(task, layout)
     found = [step(state, data.resident, batch) for batch in itertools.islice(data.epoch(epoch), batches)]
     # On the devices: those of other hosts are out of reach for this one.
     mean = jax.jit(lambda trees: jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees))
     return state.replace(batch_stats=mean(found))
 
 
-def make_statistics_step(task: Task) -> Compiled:
+def make_statistics_step(task: Task, layout: Layout | None = None) -> Compiled:
     """The statistics of one batch: ``(state, resident, batch) -> batch_stats``.
 
     Args:
       task: what is learnt.
+      layout: of the state on the devices; by default every device has all of it.
 
     Returns:
-      A step over pmapped arrays. Where a batch norm does not move its statistics at all, they stay.
+      A step over a state of the layout. Where a batch norm does not move its statistics at all, they stay.
     """
+    layout = layout or DataParallel()
 
     def statistics_step(state: TrainState, resident: Any, batch: Any) -> Any:
+        on_device = functools.partial(_statistics, task, layout, state.apply_fn)
         step_key = jax.random.fold_in(state.key, state.step)
-        augment_key, device_key = jax.random.split(step_key)
-        inputs, _ = task.train_inputs(augment_key, materialize(resident, batch))
-        dropout_key = jax.random.fold_in(device_key, jax.lax.axis_index(AXIS))
+        shared = state.batch_stats, step_key, resident
+        return layout.on_each_device(on_device)(state.params, shared, batch)
 
-        def after_one_batch(old: Any) -> Any:
-            variables = {"params": state.params, "batch_stats": old}
-            rngs = {"dropout": dropout_key}
-            return state.apply_fn(variables, *inputs, train=True, mutable=["batch_stats"], rngs=rngs)[1][
-                "batch_stats"
-            ]
+    return Compiled(layout.program(statistics_step), num_shapes=task.num_lengths)
 
-        # new = momentum * old + (1 - momentum) * batch: what old zeros and old ones become gives both. XLA
-        # computes the activations, which do not depend on the running statistics in training, but once.
-        from_zeros = after_one_batch(jax.tree.map(jnp.zeros_like, state.batch_stats))
-        from_ones = after_one_batch(jax.tree.map(jnp.ones_like, state.batch_stats))
 
-        def of_batch(zeros: jax.Array, ones: jax.Array, old: jax.Array) -> jax.Array:
-            share = 1 - (ones - zeros)
-            return jnp.where(share > 1e-6, zeros / jnp.where(share > 1e-6, share, 1), old)
+def _statistics(task: Task, layout: Layout, apply_fn: Callable, params: Any, shared: Any, batch: Any) -> Any:
+    """What one device has to do with its part of a batch; the means of all devices."""
+    batch_stats, step_key, resident = shared
+    augment_key, device_key = jax.random.split(step_key)
+    inputs, _ = task.train_inputs(augment_key, materialize(resident, batch))
+    rngs = {"dropout": jax.random.fold_in(device_key, jax.lax.axis_index(AXIS))}
 
-        return jax.lax.pmean(jax.tree.map(of_batch, from_zeros, from_ones, state.batch_stats), AXIS)
+    def after_one_batch(params: Any, old: Any) -> Any:
+        variables = {"params": params, "batch_stats": old}
+        return apply_fn(variables, *inputs, train=True, mutable=["batch_stats"], rngs=rngs)[1]["batch_stats"]
 
-    mapped = jax.pmap(statistics_step, AXIS, in_axes=(None, None, 0), out_axes=None)
-    return Compiled(mapped, num_shapes=task.num_lengths)
+    # new = momentum * old + (1 - momentum) * batch: what old zeros and old ones become gives both. XLA
+    # computes the activations, which do not depend on the running statistics in training, but once.
+    after = layout.whole(after_one_batch)
+    from_zeros = after(params, jax.tree.map(jnp.zeros_like, batch_stats))
+    from_ones = after(params, jax.tree.map(jnp.ones_like, batch_stats))
+
+    def of_batch(zeros: jax.Array, ones: jax.Array, old: jax.Array) -> jax.Array:
+        share = 1 - (ones - zeros)
+        return jnp.where(share > 1e-6, zeros / jnp.where(share > 1e-6, share, 1), old)
+
+    return jax.lax.pmean(jax.tree.map(of_batch, from_zeros, from_ones, batch_stats), AXIS)

@@ -13,7 +13,7 @@ from flax.training import train_state
 
 
 class TrainState(train_state.TrainState):
-    """Parameters and all that goes with them; a pytree, replicated over the devices.
+    """Parameters and all that goes with them; a pytree.
 
     Attributes:
       batch_stats: running statistics of batch norms, ``{}`` if there are none.
@@ -33,6 +33,11 @@ class TrainState(train_state.TrainState):
         """What the model is evaluated with: the average if there is one, and the statistics."""
         params = self.params if self.ema_params is None else self.ema_params
         return {"params": params, "batch_stats": self.batch_stats}
+
+
+def create_params(model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """The parameters of a model at some initialisation; to be traced for their shapes."""
+    return _init(model, inputs, jax.random.key(0))["params"]
 
 
 def create_state(
@@ -55,7 +60,7 @@ def create_state(
       rank_vectors: what the first measurement of the stable ranks starts from; none by default.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, *(jnp.zeros(x.shape, x.dtype) for x in inputs), train=False)
+    variables = _init(model, inputs, init_key)
     params = variables["params"]
     return TrainState.create(
         apply_fn=model.apply,
@@ -66,3 +71,7 @@ def create_state(
         key=key,
         rank_vectors=jax.tree.map(jnp.asarray, rank_vectors or {}),
     )
+
+
+def _init(model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct], key: jax.Array) -> Any:
+    return model.init(key, *(jnp.zeros(x.shape, x.dtype) for x in inputs), train=False)

@@ -1,11 +1,12 @@
 """The compiled steps: one update, one batch of evaluation, each mapped over all devices.
 
-There is one train step, for full-rank and factorized networks and for every task: what differs is in the
-state and in the task.
+There is one train step, for full-rank and factorized networks, for every task, and however the state lies on
+the devices: what differs is in the state, in the task and in the layout.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,18 @@ import optax
 
 from cuttlefish_jax.training.data import materialize
 from cuttlefish_jax.training.nonfinite import checked_step
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, Layout
 from cuttlefish_jax.training.state import TrainState
-from cuttlefish_jax.training.tasks import AXIS, Task
+from cuttlefish_jax.training.tasks import Task
 
 
 def make_train_step(
-    task: Task, *, ema: float, accumulation_steps: int = 1, skip_nonfinite: bool = False
+    task: Task,
+    layout: Layout | None = None,
+    *,
+    ema: float,
+    accumulation_steps: int = 1,
+    skip_nonfinite: bool = False,
 ) -> Compiled:
     """One update: ``(state, resident, batch) -> (state, metrics)``.
 
@@ -29,86 +36,111 @@ def make_train_step(
 
     Args:
       task: what is learnt.
+      layout: of the state on the devices; by default every device has all of it.
       ema: decay of the moving average of the parameters; 0 keeps none.
       accumulation_steps: parts of a device's batch that are computed one after the other, in less memory;
         batch norm normalises each part by itself.
       skip_nonfinite: whether a step whose numbers go bad leaves the state as it was.
 
     Returns:
-      A step over pmapped arrays; ``metrics`` are the batch's means, f32 scalars: ``loss``, and ``accuracy``
-      where the targets are classes; and ``nonfinite``, 1 if the step went bad
+      A step over a state of the layout; ``metrics`` are the batch's means, f32 scalars: ``loss``, and
+      ``accuracy`` where the targets are classes; and ``nonfinite``, 1 if the step went bad
       (:func:`~cuttlefish_jax.training.nonfinite.checked_step`).
     """
+    layout = layout or DataParallel()
 
     def train_step(state: TrainState, resident: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        on_device = functools.partial(_gradients, task, layout, state.apply_fn, accumulation_steps)
+        mapped = layout.on_each_device(on_device, gives_gradients=True)
         step_key = jax.random.fold_in(state.key, state.step)
-        augment_key, device_key = jax.random.split(step_key)
-        examples = materialize(resident, batch)
-        # Augmentation draws by example, dropout by device: the former is the same on any number of devices.
-        inputs, targets = task.train_inputs(augment_key, examples)
-        dropout_key = jax.random.fold_in(device_key, jax.lax.axis_index(AXIS))
-
-        def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
-            inputs, targets, index = part
-            # Each part of a batch has dropout of its own.
-            key = dropout_key if accumulation_steps == 1 else jax.random.fold_in(dropout_key, index[0])
-            outputs, updated = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                *inputs,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": key},
-            )
-            loss = jnp.mean(task.train_loss(outputs, targets))
-            metrics = jax.tree.map(jnp.mean, task.train_metrics(outputs, targets))
-            return loss, (updated.get("batch_stats", {}), {"loss": loss, **metrics})
-
-        def gradients(part: Any) -> tuple[Any, Any]:
-            return jax.grad(loss_fn, has_aux=True)(state.params, part)
-
-        averaged = optax.microbatch(
-            gradients,
-            argnums=0,
-            microbatch_size=None if accumulation_steps == 1 else len(targets) // accumulation_steps,
-            accumulator=optax.microbatching.AccumulationType.MEAN,
-        )
-        grads, (batch_stats, metrics) = jax.lax.pmean(averaged((inputs, targets, batch["index"])), AXIS)
+        grads, (batch_stats, metrics) = mapped(state.params, (state.batch_stats, step_key, resident), batch)
         new = state.apply_gradients(grads=grads, batch_stats=batch_stats)
         if ema:
             new = new.replace(ema_params=optax.incremental_update(new.params, new.ema_params, 1 - ema))
         new, nonfinite = checked_step(state, new, metrics["loss"], skip=skip_nonfinite)
         return new, metrics | {"nonfinite": nonfinite}
 
-    mapped = jax.pmap(train_step, AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
-    return Compiled(mapped, num_shapes=task.num_lengths)
+    return Compiled(layout.program(train_step, updates=True), num_shapes=task.num_lengths)
 
 
-def make_eval_step(apply_fn: Callable, task: Task, *, num_splits: int = 1) -> Compiled:
+def _gradients(
+    task: Task, layout: Layout, apply_fn: Callable, num_parts: int, params: Any, shared: Any, batch: Any
+) -> tuple[Any, Any]:
+    """What one device has to do with its part of a batch; the means of all devices."""
+    batch_stats, step_key, resident = shared
+    augment_key, device_key = jax.random.split(step_key)
+    examples = materialize(resident, batch)
+    # Augmentation draws by example, dropout by device: the former is the same on any number of devices.
+    inputs, targets = task.train_inputs(augment_key, examples)
+    dropout_key = jax.random.fold_in(device_key, jax.lax.axis_index(AXIS))
+
+    def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
+        inputs, targets, index = part
+        # Each part of a batch has dropout of its own.
+        key = dropout_key if num_parts == 1 else jax.random.fold_in(dropout_key, index[0])
+        outputs, updated = apply_fn(
+            {"params": params, "batch_stats": batch_stats},
+            *inputs,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        loss = jnp.mean(task.train_loss(outputs, targets))
+        metrics = jax.tree.map(jnp.mean, task.train_metrics(outputs, targets))
+        return loss, (updated.get("batch_stats", {}), {"loss": loss, **metrics})
+
+    def gradients(part: Any) -> tuple[Any, Any]:
+        return jax.grad(layout.whole(loss_fn), has_aux=True)(params, part)
+
+    averaged = optax.microbatch(
+        gradients,
+        argnums=0,
+        microbatch_size=None if num_parts == 1 else len(targets) // num_parts,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
+    )
+    grads, others = averaged((inputs, targets, batch["index"]))
+    return layout.mean(grads), jax.lax.pmean(others, AXIS)
+
+
+def make_eval_step(
+    apply_fn: Callable, task: Task, layout: Layout | None = None, *, num_splits: int = 1
+) -> Compiled:
     """One batch of evaluation: ``(variables, resident, batch) -> results``.
 
     Args:
       apply_fn: the model's ``apply``.
       task: what is evaluated.
+      layout: of the parameters on the devices; by default every device has all of them.
       num_splits: how many splits lie on the devices, each of another size.
 
     Returns:
-      A step over pmapped arrays; ``results`` are of the batch's examples on all devices, ``[batch_size]``:
-      ``loss``, ``prediction``, ``label``, and ``weight``, 0 for those that only fill up the batch.
+      A step over variables of the layout; ``results`` are of the batch's examples on all devices,
+      ``[batch_size]``: ``loss``, ``prediction``, ``label``, and ``weight``, 0 for those that only fill up the
+      batch.
     """
+    layout = layout or DataParallel()
 
     def eval_step(variables: Any, resident: Any, batch: Any) -> dict[str, jax.Array]:
-        examples = materialize(resident, batch)
-        outputs = apply_fn(variables, *task.eval_inputs(examples), train=False)
-        results = {
-            "loss": task.eval_loss(outputs, examples["label"]),
-            "prediction": task.predict(outputs),
-            "label": examples["label"],
-            "weight": batch["weight"],
-        }
-        return jax.lax.all_gather(results, AXIS, tiled=True)
+        def on_device(params: Any, shared: Any, batch: Any) -> dict[str, jax.Array]:
+            others, resident = shared
+            examples = materialize(resident, batch)
 
-    mapped = jax.pmap(eval_step, AXIS, in_axes=(None, None, 0), out_axes=None)
-    return Compiled(mapped, num_shapes=task.num_lengths * num_splits)
+            def apply(params: Any) -> jax.Array:
+                return apply_fn({"params": params, **others}, *task.eval_inputs(examples), train=False)
+
+            outputs = layout.whole(apply)(params)
+            results = {
+                "loss": task.eval_loss(outputs, examples["label"]),
+                "prediction": task.predict(outputs),
+                "label": examples["label"],
+                "weight": batch["weight"],
+            }
+            return jax.lax.all_gather(results, AXIS, tiled=True)
+
+        others = {name: value for name, value in variables.items() if name != "params"}
+        return layout.on_each_device(on_device)(variables["params"], (others, resident), batch)
+
+    return Compiled(layout.program(eval_step), num_shapes=task.num_lengths * num_splits)
 
 
 class Compiled:

@@ -42,12 +42,10 @@ class Switcher:
 
     Args:
       experiment: of the run.
-      sharding: of the states, on all devices.
     """
 
-    def __init__(self, experiment: Experiment, sharding: jax.sharding.Sharding):
+    def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        self._sharding = sharding
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[cf.FactorizationPlan, int], Future[LowRank]] | None = None
 
@@ -114,11 +112,12 @@ class Switcher:
                 state = state.replace(opt_state=keep_schedule(fresh, state.opt_state))
             return state.replace(rank_vectors={})
 
-        lowered = jax.jit(convert, out_shardings=self._sharding).lower(state)
+        low = jax.eval_shape(convert, state)
+        shardings = phase.layout.shardings(low)
+        program = jax.jit(convert, out_shardings=shardings).lower(state).compile()
         low = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), lowered.out_info
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), low, shardings
         )
-        program = lowered.compile()
         train_inputs, eval_inputs = inputs
         for data in train_inputs:
             phase.train_step.compile_for(low, *data)

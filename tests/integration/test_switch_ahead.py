@@ -6,12 +6,11 @@ import math
 
 import jax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import loop
 from cuttlefish_jax.training.experiment import Experiment
-from cuttlefish_jax.training.step import AXIS, abstract
+from cuttlefish_jax.training.step import abstract
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
 
 pytestmark = pytest.mark.slow
@@ -85,13 +84,12 @@ def test_errors_while_compiling_ahead_show_at_the_switch(tiny_config, tmp_path, 
 def test_the_full_rank_state_is_freed_and_a_step_works_in_place(tiny_config):
     config = tiny_config(**{"optimizer.ema": 0.9})
     experiment = Experiment.from_config(config)
-    sharding = NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec())
     full = experiment.phase()
-    state = jax.device_put(experiment.create_state(full), sharding)
+    state = experiment.create_state(full)
     batch = next(experiment.train.epoch(0))
     step = full.train_step.compile_for(abstract(state), experiment.train.resident, batch)
     plan = cf.FactorizationPlan.from_ranks(experiment.kernels, {"stage2/block1/conv2": 4})
-    switcher = Switcher(experiment, sharding)
+    switcher = Switcher(experiment)
     low, was_ahead = switcher.get(plan, 2, full, state)
     assert not was_ahead
 

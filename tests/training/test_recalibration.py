@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cuttlefish_jax.training.data import ArraySource, TrainInput
 from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.parallelism import DataParallel
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.state import create_state
-from cuttlefish_jax.training.step import AXIS
 from cuttlefish_jax.training.tasks import Task
 
 BATCH, CLASSES = 32, 3
@@ -49,7 +48,7 @@ class Normed(nn.Module):
 
 def new_state(model):
     state = create_state(model, optax.sgd(0.1), TASK.inputs, seed=0, ema=False)
-    return jax.device_put(state, NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec()))
+    return DataParallel().place(state)
 
 
 @pytest.mark.parametrize("batches", [1, 3])

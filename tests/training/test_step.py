@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cuttlefish_jax.training.data import ArraySource, EvalInput, TrainInput
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.parallelism import DataParallel
 from cuttlefish_jax.training.state import create_state
-from cuttlefish_jax.training.step import AXIS, Compiled, make_eval_step, make_train_step
+from cuttlefish_jax.training.step import Compiled, make_eval_step, make_train_step
 from cuttlefish_jax.training.tasks import Task
 
 NUM, CLASSES, BATCH = 70, 3, 32
@@ -55,7 +55,7 @@ def task(source):
 def new_state(task, model=None):
     model = Linear() if model is None else model
     state = create_state(model, optax.sgd(0.1), task.inputs, seed=0, ema=False)
-    return jax.device_put(state, NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec()))
+    return DataParallel().place(state)
 
 
 def log_softmax(logits):

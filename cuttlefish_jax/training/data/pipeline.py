@@ -1,8 +1,8 @@
-"""From a data set to the batches of a pmapped step: one order of examples, and two ways to bring them.
+"""From a data set to the batches of a mapped step: one order of examples, and two ways to bring them.
 
 *On device*, the whole data set lies in the memory of every device, and a step is sent indices alone. *From
 the host*, grain reads the examples ahead of time. Both ways, any number of hosts, and a run that was resumed
-give the same examples to the same step. The step is compiled alike for both::
+give the same examples to the same step. The step is compiled alike for both, e.g.::
 
     def step(state, resident, batch):
         examples = materialize(resident, batch)  # e.g. {"image", "label", "index"}
@@ -23,11 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from cuttlefish_jax.training.data.damage import DAMAGED, damage_taker
 from cuttlefish_jax.training.data.sources import Arrays, Source, in_memory
 from cuttlefish_jax.training.data.stream import Batch, HostBatch, Stream, place
+from cuttlefish_jax.training.parallelism import AXIS, device_mesh
 
 Devices = Sequence[Any]  # of jax.Device, which is no type to a type checker
 
@@ -217,8 +218,8 @@ def _bring(
 ) -> tuple[Batch, Source | None, NamedSharding]:
     """What is resident on the devices, what batches are read from, and the sharding of batches."""
     # Of all hosts: each brings its part, and the arrays are global ones.
-    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), ("batch",))
-    sharded = NamedSharding(mesh, PartitionSpec("batch"))
+    mesh = device_mesh(devices)
+    sharded = NamedSharding(mesh, PartitionSpec(AXIS))
     if not on_device:
         return {}, source, sharded
     # Placed on all devices now: pmap would copy an array that lies on one device to the others every step.

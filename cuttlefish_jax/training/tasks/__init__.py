@@ -2,9 +2,9 @@
 
 from cuttlefish_jax.training.tasks.glue import load_glue
 from cuttlefish_jax.training.tasks.images import load_images
-from cuttlefish_jax.training.tasks.task import AXIS, Task
+from cuttlefish_jax.training.tasks.task import Task
 
-__all__ = ["AXIS", "Task", "load_task"]
+__all__ = ["Task", "load_task"]
 
 
 def load_task(config) -> Task:

@@ -12,7 +12,8 @@ from cuttlefish_jax.training.data import load_dataset, make_preprocess
 from cuttlefish_jax.training.data.images.mixing import mix, random_erasing
 from cuttlefish_jax.training.losses import cross_entropy
 from cuttlefish_jax.training.network import input_shapes
-from cuttlefish_jax.training.tasks.task import AXIS, Examples, Inputs, Task
+from cuttlefish_jax.training.parallelism import AXIS
+from cuttlefish_jax.training.tasks.task import Examples, Inputs, Task
 
 
 def load_images(config: Config) -> Task:

@@ -10,7 +10,6 @@ import jax
 
 from cuttlefish_jax.training.data import Source
 
-AXIS = "batch"  # the name of the axis that steps are mapped over: the devices
 Examples = Mapping[str, jax.Array]  # "label" and "index" among them
 Inputs = tuple[jax.Array, ...]  # the model's arguments
 

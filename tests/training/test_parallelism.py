@@ -1,0 +1,153 @@
+"""Training states that are split over devices, against states that are whole on each of them."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cuttlefish_jax as cf
+from cuttlefish_jax.training.config import default_config
+from cuttlefish_jax.training.data import ArraySource, EvalInput, TrainInput
+from cuttlefish_jax.training.epoch import evaluate
+from cuttlefish_jax.training.losses import cross_entropy
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded
+from cuttlefish_jax.training.recalibration import recalibrate
+from cuttlefish_jax.training.recipe import make_optimizer
+from cuttlefish_jax.training.state import create_params, create_state
+from cuttlefish_jax.training.step import make_eval_step, make_train_step
+from cuttlefish_jax.training.tasks import Task
+
+NUM, CLASSES, BATCH = 48, 4, 32
+
+
+class Network(nn.Module):
+    """A convolution, heads and dense layers; with batch norm and dropout."""
+
+    norm_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(24, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.norm_axis_name, name="norm")(x)
+        x = nn.relu(x).mean((1, 2))
+        x = nn.gelu(nn.Dense(160, name="up")(x))
+        x = nn.DenseGeneral((4, 16), name="heads")(x)
+        x = nn.DenseGeneral(48, axis=(-2, -1), name="merge")(x)
+        x = nn.Dropout(0.3, deterministic=not train)(x)
+        return nn.Dense(CLASSES, name="classifier")(x)
+
+
+def noisy_inputs(key, examples):
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(examples["index"])
+    noise = jax.vmap(lambda key: jax.random.normal(key, (5, 5, 8)))(keys)
+    return (examples["features"] + 0.3 * noise,), examples["label"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """A program runs a few times here: optimising it takes longer than it saves."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def source():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(NUM, 5, 5, 8)).astype(np.float32)
+    return ArraySource({"features": features, "label": rng.integers(0, CLASSES, NUM).astype(np.int32)})
+
+
+@pytest.fixture(scope="module")
+def task(source):
+    return Task(
+        num_outputs=CLASSES,
+        inputs=(jax.ShapeDtypeStruct((1, 5, 5, 8), jnp.float32),),
+        train=source,
+        evaluation={"test": source},
+        train_inputs=noisy_inputs,
+        eval_inputs=lambda examples: (examples["features"],),
+        train_loss=cross_entropy,
+        eval_loss=cross_entropy,
+        predict=lambda logits: jnp.argmax(logits, axis=-1),
+        metrics=("accuracy",),
+    )
+
+
+def optimizer(plan=None, **changes):
+    config = default_config().optimizer.copy_and_resolve_references()
+    config.update(changes)
+    return make_optimizer(config, optax.constant_schedule(0.05), plan=plan)
+
+
+def layout_of(kind, model, task, plan=None, devices=None):
+    if kind == "pmap":
+        return DataParallel(devices)
+    kernels = cf.find_kernels(Network(), *task.inputs, train=False)
+    params = jax.eval_shape(functools.partial(create_params, model, task.inputs))
+    return FullySharded.of(params, kernels, plan, devices=devices)
+
+
+def low_rank(model, task):
+    kernels = cf.find_kernels(model, *task.inputs, train=False)
+    return cf.FactorizationPlan.from_ranks(kernels, {"conv": 11, "up": 7, "heads": 12, "merge": 9})
+
+
+def start(task, layout, model, tx, **options):
+    """A state in its layout, the input, and the step for it."""
+    make = functools.partial(create_state, model, tx, task.inputs, seed=0, ema=True)
+    state = jax.jit(make, out_shardings=layout.shardings(jax.eval_shape(make)))()
+    data = TrainInput(task.train, batch_size=BATCH, seed=0, on_device=True)
+    return state, data, make_train_step(task, layout, ema=0.9, **options)
+
+
+CASES = {
+    "sgd": (dict(clip_norm=0.5, nesterov=True), {}, {}, False),
+    "adamw, frozen, in parts": (dict(name="adamw", freeze=("up",)), {}, dict(accumulation_steps=2), False),
+    "batch norm of all": ({}, dict(norm_axis_name=AXIS), {}, False),
+    "frobenius": (dict(frobenius_decay=1e-2), {}, {}, True),
+    "preconditioned": (dict(name="adamw", precondition=True), {}, dict(skip_nonfinite=True), True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_split_state_takes_the_steps_of_a_whole_one(case, task):
+    settings, model_options, options, is_low = CASES[case]
+    model = Network(**model_options)
+    plan = low_rank(model, task) if is_low else None
+    model = cf.factorize(model, plan) if plan else model
+    tx = optimizer(plan, **settings)
+    results = {}
+    for kind in ("pmap", "fsdp"):
+        layout = layout_of(kind, model, task, plan)
+        state, data, step = start(task, layout, model, tx, **options)
+        metrics, batch = {}, next(data.epoch(0))
+        for _ in range(3):
+            state, metrics = step(state, data.resident, batch)
+        assert jax.tree.map(lambda x: x.sharding, state) == layout.shardings(state)
+        arrays = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+        results[kind] = arrays, jax.device_get(metrics)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), results["fsdp"], results["pmap"]
+    )
+
+
+def test_evaluation_and_batch_statistics_of_a_split_state(task):
+    model, results = Network(), {}
+    for kind in ("pmap", "fsdp"):
+        layout = layout_of(kind, model, task)
+        state, data, _ = start(task, layout, model, optimizer())
+        step = make_eval_step(model.apply, task, layout)
+        held_out = EvalInput(task.train, batch_size=BATCH, on_device=True)
+        found = evaluate(step, state.eval_variables, held_out, ("accuracy",))
+        anew = recalibrate(task, state, data, layout, epoch=0, batches=1).batch_stats
+        results[kind] = found, jax.device_get(anew)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), results["fsdp"], results["pmap"]
+    )
