@@ -13,12 +13,14 @@ data or files that need mending (one line says what), 1 for a fault of the progr
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cuttlefish_jax.training import hosts
 from cuttlefish_jax.training.errors import UserError
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.preemption import Preempted
@@ -33,27 +35,43 @@ _CACHE = flags.DEFINE_string(
     "where compiled programs are kept for the next run; default JAX_COMPILATION_CACHE_DIR, or a folder in "
     "the user's cache; empty for none",
 )
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one process per host: a TPU pod, or a SLURM job")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "one of several processes that JAX finds: of a TPU pod, SLURM or Open MPI"
+)
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "or host:port of process 0, anywhere else, with")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are, and")
+_PROCESS = flags.DEFINE_integer("process_id", None, "which one this is, from 0")
+_TIMEOUT = flags.DEFINE_integer("initialization_timeout", 300, "seconds that processes wait for each other")
 
 
 def main(argv: list[str]) -> int:
     """Runs the experiment that the command line names."""
     if len(argv) > 1:
         return _refuse(f"unexpected arguments {' '.join(argv[1:])}: settings are given as --config.key=value")
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
-    _use_cache(_CACHE.value)
     config = _CONFIG.value
     try:
         name = config.name
     except OSError as error:  # no such file: ml_collections says so when the configuration is first used
         return _refuse(" ".join(str(error).split()))
     try:
+        hosts.join(
+            automatic=_DISTRIBUTED.value,
+            coordinator_address=_ADDRESS.value,
+            num_processes=_PROCESSES.value,
+            process_id=_PROCESS.value,
+            timeout=_TIMEOUT.value,
+        )
+        _use_cache(_CACHE.value)
         run(config, _WORKDIR.value or Path("runs") / name)
     except UserError as error:
-        return _refuse(str(error))
+        return hosts.leave(_refuse(str(error)))
     except Preempted as stopped:
         return stopped.status
+    except BaseException:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            hosts.leave(1)
+        raise
     return 0
 
 

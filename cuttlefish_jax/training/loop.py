@@ -14,10 +14,12 @@ import numpy as np
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import report
+from cuttlefish_jax.training.agreement import RANK_TOLERANCE, agree, agreed_outcome, first_hosts
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment, Phase
+from cuttlefish_jax.training.hosts import lost_hosts
 from cuttlefish_jax.training.method import (
     make_tracker,
     needs_singular_values,
@@ -29,6 +31,7 @@ from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recalibration import recalibrate
+from cuttlefish_jax.training.start import check_data, shared_workdir
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.summary import summarize
 from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
@@ -39,6 +42,7 @@ from cuttlefish_jax.training.workdir import Workdir
 _MAY_CHANGE = ("checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep")
 
 
+@lost_hosts()
 def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains as configured, or goes on with the run that was interrupted in ``workdir``.
 
@@ -54,15 +58,16 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: for everything that the user can mend.
       Preempted: if the process was told to stop, when that is done.
     """
-    is_writer = jax.process_index() == 0
-    with Workdir(workdir, is_writer=is_writer) as directory:
+    with shared_workdir(workdir, config) as directory:
         belongs = {"ignore": _MAY_CHANGE, "defaults": default_config()}
         if directory.is_finished:
             directory.check(config, **belongs)
-            print(f"{directory.path} is finished: see summary.json there, or give another --workdir")
+            _say(f"{directory.path} is finished: see summary.json there, or give another --workdir")
             return directory.read_json("summary.json") or {}
-        experiment = Experiment.from_config(config)
-        directory.check(config, **belongs)
+        with agreed_outcome():
+            experiment = Experiment.from_config(config)
+            directory.check(config, **belongs)
+        check_data(experiment.task)
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
@@ -131,6 +136,7 @@ class _Run:
     def _start(self) -> tuple[Phase, TrainState]:
         """The state of the last whole checkpoint, or a new one."""
         restored = self.checkpointer.restore()
+        agree("the checkpoint to go on from", restored and restored.record)
         if restored is not None:
             self.progress = progress = Progress.from_record(restored.record, self.progress.tracker)
             steps = self.experiment.train.steps_per_epoch
@@ -145,7 +151,8 @@ class _Run:
             self.saved = progress.epoch, progress.totals.steps, phase.name
         else:
             phase = self.experiment.phase()
-            state = self.experiment.create_state(phase)
+            with agreed_outcome():
+                state = self.experiment.create_state(phase)
         self._profile()
         # What was written after the checkpoint will be written again.
         self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
@@ -195,16 +202,18 @@ class _Run:
 
     def _plan(self) -> cf.FactorizationPlan:
         """The plan for the ranks as they are now."""
-        return plan_from_config(
+        plan = plan_from_config(
             self.config,
             self.experiment.kernels,
             self.progress.ranks_t,
             self.progress.ranks_0,
-            singular_values=self.meter.singular_values(self.state)
+            singular_values=first_hosts(self.meter.singular_values(self.state))
             if needs_singular_values(self.config)
             else None,
             profile=self.experiment.profile,
         )
+        agree("the plan", json.loads(plan.to_json()))
+        return plan
 
     def _switch(self, epoch: int) -> None:
         """Makes the plan, rewrites the state, and goes on with the steps of the low-rank phase."""
@@ -308,10 +317,12 @@ class _Run:
         """Tells the tracker the stable ranks after so many epochs; until the switch."""
         if self.phase.plan is not None:
             return
-        ranks = self.meter.read()
+        ranks = agree("the stable ranks", self.meter.read(), tolerance=RANK_TOLERANCE)
         self.progress.seconds["rank"] += self.rank_seconds
         if not self.progress.stays_full_rank:
             self.progress.tracker.update({path: ranks[path] for path in self.experiment.candidates})
+            tracker = self.progress.tracker
+            agree("the verdict", {"converged": tracker.converged_at, "switch": tracker.switch_epoch})
         self.directory.append("ranks.jsonl", {"epoch": epochs_trained, **ranks})
 
     def _log(self, epoch: int, metrics: dict[str, Any]) -> None:

@@ -7,10 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.training.agreement import agreed_outcome, first_hosts_text
 from cuttlefish_jax.training.errors import WorkdirError
 
 if TYPE_CHECKING:
@@ -32,8 +31,9 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
     Raises:
       WorkdirError: if the file in the directory is no profile.
     """
-    text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
-    profile = cf.KernelProfile.from_json(_broadcast(text))
+    with agreed_outcome():
+        text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
+    profile = cf.KernelProfile.from_json(first_hosts_text(text))
     if jax.process_index() == 0:
         print(f"{profile.report()}\n", flush=True)
     return profile
@@ -70,14 +70,3 @@ def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
 def _say(done: int, total: int, what: str) -> None:
     # On standard error, as the bars of the epochs: standard output has results only.
     print(f"measuring what factorizing saves, {done}/{total}: {what}", file=sys.stderr, flush=True)
-
-
-def _broadcast(text: str) -> str:
-    """The first host's text, on all hosts."""
-    if jax.process_count() == 1:
-        return text
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(encoded), np.int32)))
-    padded = np.zeros(length, np.uint8)
-    padded[: len(encoded)] = encoded[:length]
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes().decode()
