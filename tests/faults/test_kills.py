@@ -1,69 +1,72 @@
-"""Real processes of train.py, killed (-9) at any point, end with the very numbers of an unbroken run."""
+"""Real processes of train.py, stopped at any point, end with the very numbers of an unbroken run."""
 
 import random
-import time
+import signal
 
 import pytest
-from harness import Trainer, environment, kill_at_random, numbers
-
-
-@pytest.fixture
-def trainers(tmp_path):
-    """An unbroken run, finished, and one that is to be broken."""
-    cache = tmp_path / "cache"
-    env = environment(cache)
-    unbroken, broken = Trainer(tmp_path / "unbroken", env), Trainer(tmp_path / "broken", env)
-    done = unbroken.finish()
-    assert done.returncode == 0, done.stderr
-    assert any(cache.iterdir()), "the cache of the environment was not used"
-    return unbroken, broken
+from faults import (
+    DAMAGES,
+    STOPS,
+    flipped,
+    killed_anywhere,
+    killed_in_the_switch,
+    killed_in_training,
+    killed_while_saving,
+)
+from harness import inject
+from trainer import Trainer, environment
 
 
 @pytest.mark.slow
-def test_killed_before_during_and_after_the_switch(trainers):
-    unbroken, broken = trainers
-    for line in ("epoch 2/6", "Switching to low rank", "epoch 5/6"):
-        assert broken.signal_when(lambda said, line=line: said.startswith(line)) == -9
+def test_a_run_that_much_happens_to(unbroken, broken):
+    rng = random.Random(0)
+    assert killed_in_training(broken, rng)
+
+    # A second run in the workdir is refused; the lock goes with the first one, even if that is killed.
+    with broken.start() as process:
+        assert any(line.startswith("epoch ") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        second = broken.finish()
+        process.kill()
+    assert second.returncode == 2
+    (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert f"another run is working in {broken.workdir} (process {process.pid} on " in line
+
+    assert killed_while_saving(broken, rng)
+    assert killed_in_the_switch(broken, rng)
+    status, said = broken.stop_at("epoch 4/7", signal.SIGTERM)
+    assert status == 143
+    (line,) = [line for line in said.splitlines() if "SIGTERM" in line]
+    assert line.startswith("stopped by SIGTERM in epoch ")
+    assert line.endswith("steps: saved, and the same command goes on from there")
+
+    assert flipped(broken, rng)
     done = broken.finish()
     assert done.returncode == 0, done.stderr
+    assert "passing over a damaged checkpoint" in done.stderr
     assert "going on after epoch" in done.stdout
-    assert numbers(broken.workdir) == numbers(unbroken.workdir)
-
-
-@pytest.mark.slow
-def test_killed_at_an_arbitrary_moment_and_damaged(trainers):
-    """A kill between the lines, and the last checkpoint damaged: the one before it is gone on with."""
-    unbroken, broken = trainers
-
-    def soon_after_epoch_4(line):
-        if line.startswith("epoch 4/6"):
-            time.sleep(0.3)
-            return True
-        return False
-
-    assert broken.signal_when(soon_after_epoch_4) == -9
-    checkpoints = broken.workdir / "checkpoints"
-    latest = max(
-        (path for path in checkpoints.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)
-    )
-    data = max((path for path in latest.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    contents = bytearray(data.read_bytes())
-    contents[len(contents) // 2] ^= 0xFF
-    data.write_bytes(contents)
-
-    done = broken.finish()
-    assert done.returncode == 0, done.stderr
-    assert f"passing over a damaged checkpoint, {checkpoints}/{latest.name}" in done.stderr
-    assert numbers(broken.workdir) == numbers(unbroken.workdir)
+    assert broken.numbers() == unbroken.numbers()
 
 
 @pytest.mark.large
-def test_killed_at_random_moments(trainers):
-    unbroken, broken = trainers
-    start = time.perf_counter()
-    assert Trainer(broken.workdir.with_name("timed"), broken.environment).finish().returncode == 0
-    assert kill_at_random(broken, time.perf_counter() - start, 5, random.Random(0))
-    assert numbers(broken.workdir) == numbers(unbroken.workdir)
+def test_killed_at_30_random_moments(unbroken, tmp_path):
+    rng, kills = random.Random(0), 0
+    while kills < 30:
+        broken = Trainer(tmp_path / f"broken {kills}", unbroken.environment)
+        kills += len(inject(broken, [killed_anywhere], 5, rng))
+        assert broken.numbers() == unbroken.numbers()
+
+
+@pytest.mark.large
+def test_faults_of_every_kind(unbroken, tmp_path):
+    rng, done = random.Random(1), set()
+    for run in range(100):
+        broken = Trainer(tmp_path / f"broken {run}", unbroken.environment)
+        done.update(inject(broken, [*STOPS, *DAMAGES], 5, rng))
+        assert broken.numbers() == unbroken.numbers()
+        if done == {*STOPS, *DAMAGES}:
+            return
+    raise AssertionError(f"only {done} in 100 runs")
 
 
 @pytest.mark.slow

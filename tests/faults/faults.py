@@ -1,0 +1,128 @@
+"""Things that happen to runs. Each is a function of a trainer and a random generator: was there a fault?"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer import Trainer
+
+Fault = Callable[[Trainer, random.Random], bool]
+
+
+def killed_anywhere(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL at a random moment, from the start of the process on."""
+    end = time.monotonic() + rng.uniform(0, 6)
+    return run.kill_when(lambda: time.monotonic() >= end)
+
+
+def killed_in_training(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL at a random step, behind the first epoch of the process."""
+    return run.stop_at("epoch ", after=rng.uniform(0, 0.2))[0] is not None
+
+
+def killed_while_saving(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL while the next checkpoint is being written."""
+    before = _unfinished(run.checkpoints)
+    time.sleep(0.01 * rng.random())
+    return run.kill_when(lambda: bool(_unfinished(run.checkpoints) - before))
+
+
+def killed_in_the_switch(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL between the plan and the first step of the low-rank phase."""
+    return run.stop_at("Switching to low rank", after=rng.uniform(0, 0.1))[0] is not None
+
+
+def preempted(run: Trainer, rng: random.Random) -> bool:
+    """SIGTERM at a random step."""
+    status, said = run.stop_at("epoch ", signal.SIGTERM, after=rng.uniform(0, 0.2))
+    if status in (None, 0):
+        return False  # it came after the last step
+    assert status == 143 and "stopped by SIGTERM in epoch" in said, (status, said)
+    return True
+
+
+def interrupted(run: Trainer, rng: random.Random) -> bool:
+    """Ctrl-C at a random step."""
+    status, said = run.stop_at("epoch ", signal.SIGINT, after=rng.uniform(0, 0.2))
+    if status in (None, 0):
+        return False
+    assert status == 130 and "stopped by SIGINT in epoch" in said, (status, said)
+    return True
+
+
+def flipped(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL, then one bit of the last checkpoint's largest file flipped."""
+    if (file := _largest_file(_killed(run, rng))) is None:
+        return False
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    return True
+
+
+def truncated(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL, then the last checkpoint's largest file cut off."""
+    if (file := _largest_file(_killed(run, rng))) is None:
+        return False
+    file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
+    return True
+
+
+def half_deleted(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL, then a random half of the last checkpoint's files deleted."""
+    if (latest := latest_checkpoint(_killed(run, rng))) is None:
+        return False
+    files = sorted(path for path in latest.rglob("*") if path.is_file())
+    for file in rng.sample(files, max(1, len(files) // 2)):
+        file.unlink()
+    return True
+
+
+def deleted(run: Trainer, rng: random.Random) -> bool:
+    """SIGKILL, then the last checkpoint deleted."""
+    if (latest := latest_checkpoint(_killed(run, rng))) is None:
+        return False
+    shutil.rmtree(latest)
+    return True
+
+
+STOPS: tuple[Fault, ...] = (
+    killed_anywhere,
+    killed_in_training,
+    killed_while_saving,
+    killed_in_the_switch,
+    preempted,
+    interrupted,
+)
+DAMAGES: tuple[Fault, ...] = (flipped, truncated, half_deleted, deleted)
+
+
+def latest_checkpoint(run: Trainer | None) -> Path | None:
+    """The last one, if there is another that could be gone on from."""
+    if run is None or not run.checkpoints.exists():
+        return None
+    found = sorted((int(path.name), path) for path in run.checkpoints.iterdir() if path.name.isdigit())
+    return found[-1][1] if len(found) > 1 else None
+
+
+def _killed(run: Trainer, rng: random.Random) -> Trainer | None:
+    return run if killed_in_training(run, rng) else None
+
+
+def _largest_file(run: Trainer | None) -> Path | None:
+    latest = latest_checkpoint(run)
+    files = [] if latest is None else [path for path in latest.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size, default=None)
+
+
+def _unfinished(checkpoints: Path) -> set[int]:
+    """Inodes of the directories of saves under way: names come again."""
+    try:
+        return {path.stat().st_ino for path in checkpoints.iterdir() if "tmp" in path.name}
+    except FileNotFoundError:  # no folder yet, or the save was just finished
+        return set()
