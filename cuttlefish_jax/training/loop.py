@@ -13,26 +13,23 @@ import jax
 import numpy as np
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training import report
+from cuttlefish_jax.training import report, resuming
 from cuttlefish_jax.training.agreement import RANK_TOLERANCE, agree, agreed_outcome, first_hosts
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
-from cuttlefish_jax.training.experiment import Experiment, Phase
+from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.hosts import lost_hosts
 from cuttlefish_jax.training.method import (
-    make_tracker,
     needs_singular_values,
     plan_from_config,
     rank_tolerance,
 )
 from cuttlefish_jax.training.preemption import Notice, Preempted
 from cuttlefish_jax.training.profile import get_profile
-from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.start import check_data, shared_workdir
-from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.summary import summarize
 from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
@@ -92,12 +89,19 @@ class _Run:
         self.directory = directory
         self.checkpointer = checkpointer
         self.best = best
-        self.progress = Progress(make_tracker(self.config))
         self.notice = Notice()
-        self.saved: tuple[int, int, str] | None = None
         self.rank_seconds = 0.0
         self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
-        self.phase, self.state = self._start()
+        start = resuming.start(experiment, checkpointer, self.meter)
+        self.progress, self.phase, self.state = start.progress, start.phase, start.state
+        self.saved = start.place if start.is_resumed else None
+        if start.is_resumed:
+            _say(f"going on {self._place()} ({self.phase.name})")
+        self._profile()
+        # What was written after the checkpoint will be written again.
+        directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
+        directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + start.is_resumed)
+        self._measure_first(start.is_resumed)
         self.switcher = Switcher(self.experiment)
         if self.directory.read_json("config.json") is None:
             self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
@@ -122,54 +126,33 @@ class _Run:
         except Preempted as stopped:
             self._save()
             self.checkpointer.wait()
-            done = f"{progress.totals.steps} of {self.experiment.train.steps_per_epoch} steps"
-            place = f"epoch {progress.epoch + 1} of {config.epochs}, after {done}"
-            _say(f"{stopped} in {place}: saved, and the same command goes on from there")
+            _say(f"{stopped} {self._place()}: saved, and the same command goes on from there")
             raise
         finally:
             self.switcher.close()
+
+    def _place(self) -> str:
+        progress, steps = self.progress, self.experiment.train.steps_per_epoch
+        within = f", {progress.totals.steps} of {steps} steps of the next" if progress.totals.steps else ""
+        return f"after epoch {progress.epoch} of {self.config.epochs}{within}"
 
     def _is_due(self, epochs_trained: int, every_epochs: int) -> bool:
         """Whether it is time for something that is done after every so many epochs, and after the last."""
         return epochs_trained % every_epochs == 0 or epochs_trained == self.config.epochs
 
-    def _start(self) -> tuple[Phase, TrainState]:
-        """The state of the last whole checkpoint, or a new one."""
-        restored = self.checkpointer.restore()
-        agree("the checkpoint to go on from", restored and restored.record)
-        if restored is not None:
-            self.progress = progress = Progress.from_record(restored.record, self.progress.tracker)
-            steps = self.experiment.train.steps_per_epoch
-            phase = self.experiment.phase(progress.plan, switch_step=(progress.switch_epoch or 0) * steps)
-            vectors = {"rank_vectors": self.meter.initial_vectors}
-            state = restored.into(self.experiment.abstract_state(phase), defaults=vectors)
-            state = phase.layout.place(state)
-            within = (
-                f", {progress.totals.steps} of {steps} steps of the next" if progress.totals.steps else ""
-            )
-            _say(f"going on after epoch {progress.epoch} of {self.config.epochs}{within} ({phase.name})")
-            self.saved = progress.epoch, progress.totals.steps, phase.name
-        else:
-            phase = self.experiment.phase()
-            with agreed_outcome():
-                state = self.experiment.create_state(phase)
-        self._profile()
-        # What was written after the checkpoint will be written again.
-        self.directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
-        self.directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + (restored is not None))
-        if phase.plan is None:
-            # Compiles the measurement, which is not to happen behind the steps of an epoch.
-            start = time.perf_counter()
-            self.meter.start(state)
-            self.progress.seconds["compile"] += time.perf_counter() - start
-            self.meter.wait()
-        if restored is None:
-            self.meter.start(state)
+    def _measure_first(self, is_resumed: bool) -> None:
+        """The ranks of a new network; and their measurement compiled, not to be behind an epoch's steps."""
+        if self.phase.plan is not None:
+            return
+        start = time.perf_counter()
+        self.meter.start(self.state)
+        self.progress.seconds["compile"] += time.perf_counter() - start
+        self.meter.wait()
+        if not is_resumed:
+            self.meter.start(self.state)
             self.rank_seconds = self.meter.wait()
-            state = self.meter.advance(state)
-            self.phase = phase
+            self.state = self.meter.advance(self.state)
             self._track(0)
-        return phase, state
 
     def _profile(self) -> None:
         """Finds out which layers get faster; errors in the weights that are read do not wait for it."""

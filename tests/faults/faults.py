@@ -42,7 +42,7 @@ def preempted(run: Trainer, rng: random.Random) -> bool:
     status, said = run.stop_at("epoch ", signal.SIGTERM, after=rng.uniform(0, 0.2))
     if status in (None, 0):
         return False  # it came after the last step
-    assert status == 143 and "stopped by SIGTERM in epoch" in said, (status, said)
+    assert status == 143 and "stopped by SIGTERM after epoch" in said, (status, said)
     return True
 
 
@@ -51,7 +51,7 @@ def interrupted(run: Trainer, rng: random.Random) -> bool:
     status, said = run.stop_at("epoch ", signal.SIGINT, after=rng.uniform(0, 0.2))
     if status in (None, 0):
         return False
-    assert status == 130 and "stopped by SIGINT in epoch" in said, (status, said)
+    assert status == 130 and "stopped by SIGINT after epoch" in said, (status, said)
     return True
 
 

@@ -3,8 +3,8 @@
     python tests/faults/harness.py [--faults 30] [--seed 0] [--only killed_anywhere] [--json FILE]
 
 Trains one small network without a fault, then again and again with up to five faults in a run, each of a
-random kind at a random moment, until that run is finished. Compares every number that the two left, and prints
-how often there was which fault and what came of it. The tests of this folder are made of the same parts.
+random kind at a random moment, until that run is finished. Compares every number that the two left, and
+prints how often there was which fault and what came of it. The tests of this folder have the same parts.
 """
 
 from __future__ import annotations

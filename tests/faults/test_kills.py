@@ -37,8 +37,8 @@ def test_a_run_that_much_happens_to(unbroken, broken):
     status, said = broken.stop_at("epoch 4/7", signal.SIGTERM)
     assert status == 143
     (line,) = [line for line in said.splitlines() if "SIGTERM" in line]
-    assert line.startswith("stopped by SIGTERM in epoch ")
-    assert line.endswith("steps: saved, and the same command goes on from there")
+    assert line.startswith("stopped by SIGTERM after epoch ")
+    assert line.endswith(": saved, and the same command goes on from there")
 
     assert flipped(broken, rng)
     done = broken.finish()

@@ -73,16 +73,16 @@ def test_stopped_anywhere_it_goes_on_from_that_very_step(config, unbroken, tmp_p
             loop.run(config, tmp_path / "broken")
         assert caught.value.status == 143
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "stopped by" in line]
-        return line.partition(" in ")[2].partition(":")[0]
+        return line.removeprefix("stopped by SIGTERM after ").partition(":")[0]
 
     # Before the first step; within an epoch; in that one again, while it is evaluated.
-    assert stopped(0) == f"epoch 1 of 4, after 0 of {STEPS} steps"
-    assert stopped(3) == f"epoch 1 of 4, after 3 of {STEPS} steps"
-    assert stopped(1 + 4 + 3) == f"epoch 1 of 4, after {STEPS} of {STEPS} steps"
+    assert stopped(0) == "epoch 0 of 4"
+    assert stopped(3) == f"epoch 0 of 4, 3 of {STEPS} steps of the next"
+    assert stopped(1 + 4 + 3) == f"epoch 0 of 4, {STEPS} of {STEPS} steps of the next"
     # Through the second epoch, whose end has no checkpoint, to the switch and past it.
     first, second = 1 + BATCHES, 1 + STEPS - 1 + BATCHES
-    assert stopped(first + second + 1) == f"epoch 3 of 4, after 0 of {STEPS} steps"
-    assert stopped(1 + 5) == f"epoch 3 of 4, after 6 of {STEPS} steps"
+    assert stopped(first + second + 1) == "epoch 2 of 4"
+    assert stopped(1 + 5) == f"epoch 2 of 4, 6 of {STEPS} steps of the next"
 
     stop_at(10**9)
     summary = loop.run(config, tmp_path / "broken")
