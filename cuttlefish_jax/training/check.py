@@ -46,6 +46,7 @@ def check_config(config: Config) -> None:
         "switch.optimizer": (config.switch.optimizer, ("carry", "reset")),
         "switch.learning_rate": (config.switch.learning_rate, AFTER_SWITCH),
         "ranks.method": (config.ranks.method, ("warm", "lanczos", "exact")),
+        "nonfinite": (config.nonfinite, ("stop", "skip")),
         "data.interpolation": (config.data.interpolation, ("bilinear", "bicubic")),
     }
     for key, (value, valid) in one_of.items():
@@ -60,7 +61,7 @@ def check_config(config: Config) -> None:
         is_list = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
         check_setting(f"config.{key}", value, is_list, rule)
     at_least_1 = (
-        "epochs batch_size checkpoint.keep checkpoint.every_epochs evaluation.every_epochs "
+        "epochs batch_size max_skipped_steps checkpoint.keep checkpoint.every_epochs evaluation.every_epochs "
         "optimizer.accumulation_steps data.repeated_augmentation data.max_length plan.round_to"
     )
     for key in at_least_1.split():

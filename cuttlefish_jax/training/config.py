@@ -26,6 +26,8 @@ def default_config() -> Config:
     config.epochs = 1
     config.batch_size = 128  # global: shared by all devices of all hosts
     config.parallelism = "pmap"  # the state whole on every device; or fsdp: split over them
+    config.nonfinite = "stop"  # at a step with a NaN or an infinity; or skip: it changes nothing, and counts
+    config.max_skipped_steps = 20  # "skip": more in a row, or all of an epoch, stop the run
 
     config.model = ConfigDict(
         dict(

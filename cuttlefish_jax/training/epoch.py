@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,8 +12,8 @@ import jax
 import numpy as np
 
 from cuttlefish_jax.training.data import EvalInput, TrainInput
-from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.metrics import compute_metrics
+from cuttlefish_jax.training.nonfinite import finite_or_none, refuse_step, report_skipped
 from cuttlefish_jax.training.state import TrainState
 from cuttlefish_jax.training.step import Compiled
 
@@ -31,22 +30,32 @@ class EpochTotals:
       steps: how many there were.
       seconds: how long they took, without compilation.
       sums: of what each step measures, such as ``loss``: added one after the other, so that they do not
-        depend on where a run was stopped.
+        depend on where a run was stopped. Skipped steps are not in them.
+      skipped: how many steps were skipped, as their numbers were not finite.
+      skipped_in_a_row: how many of the last ones.
     """
 
     steps: int = 0
     seconds: float = 0.0
     sums: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def add(self, metrics: Mapping[str, float]) -> EpochTotals:
         """With one more step."""
         sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()}
-        return dataclasses.replace(self, steps=self.steps + 1, sums=sums)
+        return dataclasses.replace(self, steps=self.steps + 1, sums=sums, skipped_in_a_row=0)
+
+    def skip(self) -> EpochTotals:
+        """With one more step, which was skipped."""
+        row = self.skipped_in_a_row + 1
+        return dataclasses.replace(self, steps=self.steps + 1, skipped=self.skipped + 1, skipped_in_a_row=row)
 
     @property
     def means(self) -> dict[str, float]:
-        """Means over the steps: ``train_loss``, and so on."""
-        return {f"train_{name}": value / self.steps for name, value in self.sums.items()}
+        """Means over the steps, ``train_loss`` and so on; and how many were skipped."""
+        means = {f"train_{name}": value / (self.steps - self.skipped) for name, value in self.sums.items()}
+        return means | {"train_skipped_steps": self.skipped}
 
 
 def train_epoch(
@@ -56,6 +65,7 @@ def train_epoch(
     epoch: int,
     *,
     so_far: EpochTotals = EpochTotals(),
+    max_skipped: int = 0,
     pauses: Callable[[int], bool] = lambda steps: False,
     on_step: Callable[[int], None] = lambda steps: None,
     at_end: Callable[[TrainState], object] = lambda state: None,
@@ -68,6 +78,7 @@ def train_epoch(
       data: the training input.
       epoch: counted from 0.
       so_far: what was trained of the epoch before.
+      max_skipped: how many steps in a row may be skipped, by a step that does so, and not all of an epoch.
       pauses: called with the number of the epoch's steps that are under way or done, after each but the last;
         whether to return when these are done.
       on_step: called with 1 whenever a step is done.
@@ -78,7 +89,8 @@ def train_epoch(
       The new state, and the totals of the epoch: of all its steps, unless it pauses.
 
     Raises:
-      DivergedError: if the loss of a step is NaN or infinite, or what the step made of the state.
+      DivergedError: if the loss of a step is not finite, or what the step made of the state, and it may not
+        be skipped. The state is lost then, and was never returned.
     """
     start, compiled_before = time.perf_counter(), train_step.compile_seconds
 
@@ -95,15 +107,15 @@ def train_epoch(
     for values in _fetched(steps()):
         metrics, step = {name: float(value) for name, value in values.items()}, totals.steps
         if metrics.pop("nonfinite"):
-            loss = metrics["loss"]
-            what = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            raise DivergedError(
-                f"{what} at step {step} of epoch {epoch} "
-                f"(step {epoch * data.steps_per_epoch + step} of the run): lower config.schedule.peak "
-                "or set config.optimizer.clip_norm, with another --workdir; the last checkpoint is whole"
-            )
+            totals = totals.skip()
+            place = f"step {step} of epoch {epoch} (step {epoch * data.steps_per_epoch + step} of the run)"
+            row = totals.skipped_in_a_row
+            refuse_step(metrics["loss"], place, in_a_row=row, max_in_a_row=max_skipped)
+        else:
+            totals = totals.add(metrics)
         on_step(1)
-        totals = totals.add(metrics)
+    if totals.steps == data.steps_per_epoch:
+        report_skipped(totals.skipped, totals.steps, epoch)
     seconds = time.perf_counter() - start - (train_step.compile_seconds - compiled_before)
     return state, dataclasses.replace(totals, seconds=so_far.seconds + seconds)
 
@@ -159,13 +171,14 @@ def evaluate_splits(
       on_batch: as for :func:`evaluate`.
 
     Returns:
-      ``{"test_loss": ...}`` and so on; all None without ``variables``.
+      ``{"test_loss": ...}`` and so on; all None without ``variables``, and None, with a warning, what is not
+      a finite number.
     """
     results: dict[str, float | None] = {}
     for split, data in splits.items():
         found: Mapping[str, float | None] = dict.fromkeys(("loss", *metrics))
         if variables is not None:
-            found = evaluate(eval_step, variables, data, metrics, on_batch=on_batch)
+            found = finite_or_none(evaluate(eval_step, variables, data, metrics, on_batch=on_batch), split)
         results |= {f"{split}_{name}": value for name, value in found.items()}
     return results
 

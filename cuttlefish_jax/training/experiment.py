@@ -123,7 +123,11 @@ class Experiment:
         model = self.model if plan is None else cf.factorize(self.model, plan)
         layout = self._layout(model, plan)
         train_step = make_train_step(
-            task, layout, ema=config.optimizer.ema, accumulation_steps=config.optimizer.accumulation_steps
+            task,
+            layout,
+            ema=config.optimizer.ema,
+            accumulation_steps=config.optimizer.accumulation_steps,
+            skip_nonfinite=config.nonfinite == "skip",
         )
         optimizer = config.optimizer.copy_and_resolve_references()
         method = make_method(config)

@@ -286,6 +286,7 @@ class _Run:
                     data,
                     epoch,
                     so_far=progress.totals,
+                    max_skipped=self.config.max_skipped_steps if self.config.nonfinite == "skip" else 0,
                     pauses=pauses,
                     on_step=advance,
                     **measure,

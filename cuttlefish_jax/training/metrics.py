@@ -35,6 +35,8 @@ def _correlation(name: str) -> Metric:
 
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0  # a constant is correlated with nothing
+        if not np.all(np.isfinite(predictions)):
+            return float("nan")
         result: Any = getattr(stats, name)(labels, predictions)
         return result.statistic
 

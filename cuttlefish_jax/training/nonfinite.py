@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.schedule import keep_schedule
 from cuttlefish_jax.training.state import TrainState
+
+_ADVICE = (
+    "lower config.schedule.peak or set config.optimizer.clip_norm, with another --workdir; "
+    "the last checkpoint is whole"
+)
 
 
 def checked_step(
@@ -36,6 +45,50 @@ def checked_step(
         kept = old.replace(step=new.step, opt_state=keep_schedule(old.opt_state, new.opt_state))
         new = optax.tree.where(is_finite, new, kept)
     return new, 1 - is_finite.astype(jnp.float32)
+
+
+def refuse_step(loss: float, place: str, *, in_a_row: int, max_in_a_row: int) -> None:
+    """Stops the run at a bad step, unless it may be skipped.
+
+    Args:
+      loss: of the step.
+      place: where it was, for the message.
+      in_a_row: how many bad steps there were, this one the last.
+      max_in_a_row: how many there may be; 0 if none is skipped.
+
+    Raises:
+      DivergedError: if there are more.
+    """
+    if in_a_row <= max_in_a_row:
+        return
+    what = "a gradient, or what came of it, is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    before = f", and {in_a_row - 1} steps before it were skipped" if max_in_a_row else ""
+    raise DivergedError(f"{what} at {place}{before}: {_ADVICE}")
+
+
+def report_skipped(skipped: int, steps: int, epoch: int) -> None:
+    """Warns of the steps of an epoch that were skipped, in one line.
+
+    Raises:
+      DivergedError: if that were all of its steps.
+    """
+    if skipped == steps:
+        raise DivergedError(f"all {steps} steps of epoch {epoch} went bad and were skipped: {_ADVICE}")
+    if skipped:
+        warnings.warn(
+            f"{skipped} of {steps} steps of epoch {epoch} were skipped: "
+            "their loss or a gradient was not finite",
+            stacklevel=2,
+        )
+
+
+def finite_or_none(values: Mapping[str, float], split: str) -> dict[str, float | None]:
+    """Measurements of a split, for JSON: None what is not a finite number, with a warning."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        what = ", ".join(f"{name} {values[name]}" for name in bad)
+        warnings.warn(f"the {split} split has {what}: written as null", stacklevel=2)
+    return {name: None if name in bad else value for name, value in values.items()}
 
 
 def _all_finite(tree: Any) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from cuttlefish_jax import FactorizationPlan, RankTracker
@@ -51,11 +52,16 @@ class Progress:
         return {path: history[-1] for path, history in self.tracker.history.items()}
 
     def is_better(self, metrics: dict[str, Any], score: str) -> bool:
-        """Whether an epoch's validation score is the best so far; the loss decides between equals."""
-        if self.best is None:
-            return True
-        ours, theirs = ((m[f"validation_{score}"], -m["validation_loss"]) for m in (metrics, self.best))
-        return ours > theirs
+        """Whether an epoch's validation score is the best so far; the loss decides between equals.
+
+        None, which stands for what was not finite, is worse than any number.
+        """
+
+        def goodness(measured: dict[str, Any]) -> tuple[float, float]:
+            value, loss = measured[f"validation_{score}"], measured["validation_loss"]
+            return -math.inf if value is None else value, -math.inf if loss is None else -loss
+
+        return self.best is None or goodness(metrics) > goodness(self.best)
 
     def to_record(self) -> dict[str, Any]:
         """The progress as JSON."""

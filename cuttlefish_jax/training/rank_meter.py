@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.parallelism import device_mesh
 from cuttlefish_jax.training.state import TrainState
 
@@ -65,8 +67,18 @@ class RankMeter:
         return time.perf_counter() - start
 
     def read(self) -> dict[str, Any]:
-        """``{path: stable rank}``, plain numbers, or lists of them for stacked layers."""
+        """``{path: stable rank}``, plain numbers, or lists of them for stacked layers.
+
+        Raises:
+          DivergedError: if one is not a finite number.
+        """
         ranks = jax.device_get(self._started)
+        for path in self._kernels:
+            if not np.all(np.isfinite(ranks[path])):
+                raise DivergedError(
+                    f"the stable rank of {path!r} is {ranks[path].tolist()}: its kernel has a NaN, an "
+                    "infinity, or entries too large to be squared; the last checkpoint, if any, is whole"
+                )
         return {path: ranks[path].tolist() for path in self._kernels}
 
     def singular_values(self, state: TrainState) -> dict[str, Any]:

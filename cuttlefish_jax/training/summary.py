@@ -42,6 +42,8 @@ def summarize(
         "seed": config.seed,
         "epochs": config.epochs,
         "steps": sum(progress.examples.values()) // config.batch_size,
+        # Lines that an older version wrote do not have it.
+        "skipped_steps": sum(line.get("train_skipped_steps", 0) for line in metrics),
         "switch_epoch": progress.switch_epoch,
         "ranks": {} if plan is None else plan.ranks,
         "params_full": params_full,

@@ -1,13 +1,20 @@
 """Whole runs in this process: what they leave, and the choices along the way."""
 
+import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.training import experiment
+from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import ConfigError, DivergedError, WorkdirError
 from cuttlefish_jax.training.loop import run
+from cuttlefish_jax.training.recipe import make_optimizer
+from cuttlefish_jax.training.tasks import load_task
 
 pytestmark = pytest.mark.slow
 
@@ -128,6 +135,59 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tiny_config, tmp
     assert "\n" not in str(error.value)
     assert (tmp_path / "checkpoints" / "1").is_dir()
     assert [line["epoch"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_no_checkpoint_holds_what_an_epochs_last_step_ruined(tiny_config, tmp_path, monkeypatch):
+    def make_ruinous_optimizer(*args, **options):
+        ruin = optax.scale_by_schedule(lambda step: jnp.where(step == 1, jnp.inf, 1.0))
+        return optax.chain(make_optimizer(*args, **options), ruin)
+
+    # One step an epoch; that of the second has a finite loss, and makes the parameters infinite.
+    monkeypatch.setattr(experiment, "make_optimizer", make_ruinous_optimizer)
+    config = tiny_config(method="full_rank", **{"data.train_examples": 16})
+    with pytest.raises(
+        DivergedError, match=r"^a gradient, or what came of it, is not finite at step 0 of epoch 1 "
+    ):
+        run(config, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        leaves = checkpointer.restore().leaves
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves.values())
+
+    # Without a good step in an epoch there is nothing to go on with.
+    config.update_from_flattened_dict({"nonfinite": "skip"})
+    with pytest.raises(DivergedError, match=r"^all 1 steps of epoch 1 went bad and were skipped"):
+        run(config, tmp_path / "skip")
+
+
+def test_bad_steps_are_skipped_and_counted_through_the_switch(tiny_config, tmp_path, monkeypatch):
+    def load_bad_task(config):
+        task = load_task(config)
+
+        def train_loss(outputs, targets):
+            # Where all examples of a device are of one class, as happens now and then.
+            is_bad = jnp.all(targets[0] == targets)
+            return jnp.where(is_bad, jnp.inf, 1.0) * task.train_loss(outputs, targets)
+
+        return dataclasses.replace(task, train_loss=train_loss)
+
+    monkeypatch.setattr(experiment, "load_task", load_bad_task)
+    with pytest.warns(UserWarning, match=r"steps of epoch \d were skipped") as said:
+        summary = run(tiny_config(epochs=3, nonfinite="skip", **{"optimizer.ema": 0.9}), tmp_path)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    skipped = [line["train_skipped_steps"] for line in lines]
+    assert summary["switch_epoch"] == 2 and summary["skipped_steps"] == sum(skipped)
+    assert [str(warning.message) for warning in said] == [
+        f"{number} of 20 steps of epoch {epoch} were skipped: their loss or a gradient was not finite"
+        for epoch, number in enumerate(skipped)
+        if number
+    ]
+    assert skipped[0] and skipped[2], "in either phase"
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        leaves = checkpointer.restore().leaves
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves.values())
+    assert leaves["step"] == 60
 
 
 @pytest.mark.parametrize(

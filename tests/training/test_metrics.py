@@ -34,3 +34,9 @@ def test_a_network_that_says_the_same_of_everything(name):
     labels = LABELS.astype(np.float32 if name in ("pearson", "spearman") else np.int32)
     (value,) = compute_metrics([name], labels, np.zeros_like(labels)).values()
     assert value == pytest.approx(0.4 if name == "accuracy" else 0.0)
+
+
+def test_numbers_that_are_not_finite_have_no_correlation():
+    labels = np.array([0.0, 1.0, 2.0], np.float32)
+    found = compute_metrics(["pearson", "spearman"], labels, np.array([0.0, np.inf, 1.0], np.float32))
+    assert np.isnan(found["pearson"]) and np.isnan(found["spearman"])

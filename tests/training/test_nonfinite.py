@@ -1,5 +1,9 @@
 """Steps whose loss or gradients are not finite: found, and left out if that is wanted."""
 
+import dataclasses
+import json
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +12,13 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import cuttlefish_jax as cf
 from cuttlefish_jax.training.data import ArraySource, TrainInput
-from cuttlefish_jax.training.epoch import train_epoch
+from cuttlefish_jax.training.epoch import EpochTotals, train_epoch
 from cuttlefish_jax.training.errors import DivergedError
+from cuttlefish_jax.training.nonfinite import finite_or_none
+from cuttlefish_jax.training.progress import Progress
+from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.state import create_state
 from cuttlefish_jax.training.step import AXIS, make_train_step
 from cuttlefish_jax.training.tasks import Task
@@ -88,8 +96,7 @@ def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedule(fault, p
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
-    [("loss", "the loss is nan"), ("gradient", "a gradient is"), ("overflow", "a gradient is")],
+    ("fault", "what"), [("loss", "the loss is nan"), ("gradient", "a gradient"), ("overflow", "a gradient")]
 )
 def test_an_epoch_with_a_bad_step_stops(fault, what):
     step, state, data = setup(fault, skip=False)
@@ -99,3 +106,77 @@ def test_an_epoch_with_a_bad_step_stops(fault, what):
     ) as error:
         train_epoch(step, state, data, 0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pause", [0, 1, 3], ids=["in one go", "in 1 and 3 steps", "in 3 and 1 steps"])
+def test_an_epoch_skips_a_bad_step_and_says_so_once(pause):
+    step, state, data = setup("loss", skip=True)
+    losses = []
+    for batch in data.epoch(0):
+        state, metrics = step(state, data.resident, batch)
+        losses += [] if metrics["nonfinite"] else [float(metrics["loss"])]
+    assert len(losses) == 3
+
+    step, again, data = setup("loss", skip=True)
+    totals = EpochTotals()
+    with pytest.warns(UserWarning, match=r"^1 of 4 steps of epoch 0 were skipped: their loss or") as said:
+        for pauses in [lambda steps: steps == pause] * (2 if pause else 1):
+            # By way of the JSON of a checkpoint.
+            totals = EpochTotals(**json.loads(json.dumps(dataclasses.asdict(totals))))
+            again, totals = train_epoch(step, again, data, 0, so_far=totals, max_skipped=1, pauses=pauses)
+    assert len(said) == 1
+    assert totals.means.items() >= {"train_loss": sum(losses) / 3, "train_skipped_steps": 1}.items()
+    assert totals.steps == 4
+    chex.assert_trees_all_equal(state.params, again.params)
+
+
+def test_too_many_skipped_steps_stop_the_run():
+    step, state, data = setup("loss", skip=True)
+    # From here on no step is good, though the loss is: the statistics stay NaN.
+    state = state.replace(batch_stats=jax.tree.map(lambda x: x * np.nan, state.batch_stats))
+    poison = jax.tree.map(jnp.copy, state)
+    with pytest.raises(
+        DivergedError,
+        match=r"^a gradient, or what came of it, .* at step 2 of epoch 1 .*, and 2 steps before",
+    ):
+        train_epoch(step, state, data, 1, max_skipped=2)
+    with pytest.raises(
+        DivergedError, match=r"^all 4 steps of epoch 1 went bad and were skipped: lower"
+    ) as error:
+        train_epoch(step, poison, data, 1, max_skipped=9)
+    assert "\n" not in str(error.value)
+
+
+def test_totals_count_rows_of_skipped_steps():
+    totals, rows = EpochTotals(), []
+    for is_good in (False, False, True, False):
+        totals = totals.add({"loss": 2.0}) if is_good else totals.skip()
+        rows.append(totals.skipped_in_a_row)
+    assert rows == [1, 2, 0, 1]
+    assert (totals.steps, totals.skipped, totals.means["train_loss"]) == (4, 3, 2.0)
+
+
+def test_a_stable_rank_that_is_not_finite_names_the_layer():
+    kernels = cf.find_kernels(Net(), jnp.ones((1, 5)))
+    _, state, _ = setup("loss", skip=False)
+    state = state.replace(params=jax.tree.map(lambda x: x.at[0, 0].set(jnp.inf), state.params))
+    meter = RankMeter(kernels, "exact")
+    meter.start(state)
+    with pytest.raises(DivergedError, match=r"^the stable rank of 'Dense_0' is nan: its kernel has a NaN, "):
+        meter.read()
+
+
+def test_an_evaluation_that_is_not_finite_is_null_and_never_the_best():
+    with pytest.warns(UserWarning, match="^the test split has loss inf: written as null$"):
+        found = finite_or_none({"loss": np.inf, "accuracy": 0.5}, "test")
+    assert found == {"loss": None, "accuracy": 0.5}
+    progress = Progress(cf.RankTracker())
+
+    def line(score, loss):
+        return {"validation_accuracy": score, "validation_loss": loss}
+
+    ascending = [line(None, None), line(0.5, None), line(0.5, 9.0), line(0.5, 2.0), line(0.6, None)]
+    for index, best in enumerate(ascending):
+        progress.best = best
+        verdicts = [progress.is_better(other, "accuracy") for other in ascending]
+        assert verdicts == [place > index for place in range(len(ascending))]

@@ -121,7 +121,7 @@ def test_an_epoch_reports_the_means_of_its_steps(task, source):
     state, found = train_epoch(make_train_step(task, ema=0.0), state, data, 0, on_step=done.append)
     assert found.steps == data.steps_per_epoch == 2
     assert done == [1, 1]
-    assert set(found.means) == {"train_loss", "train_accuracy"}
+    assert set(found.means) == {"train_loss", "train_accuracy", "train_skipped_steps"}
     assert 0 < found.means["train_loss"] < 5
     assert found.seconds > 0
     assert int(state.step) == 2
