@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.data import ArraySource, TrainInput
 from cuttlefish_jax.training.epoch import EpochTotals, train_epoch
 from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.nonfinite import finite_or_none
+from cuttlefish_jax.training.parallelism import DataParallel, FullySharded
 from cuttlefish_jax.training.progress import Progress
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.state import create_state
-from cuttlefish_jax.training.step import AXIS, make_train_step
+from cuttlefish_jax.training.step import make_train_step
 from cuttlefish_jax.training.tasks import Task
 
 NUM, BATCH = 64, 16
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        y = nn.Dense(3, use_bias=False)(x)
+        y = nn.Dense(256, use_bias=False)(x)
         nn.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False)(y)
         return y
 
@@ -47,7 +47,7 @@ def source(fault):
 
 def make_task(source):
     return Task(
-        num_outputs=3,
+        num_outputs=256,
         inputs=(jax.ShapeDtypeStruct((1, 5), jnp.float32),),
         train=source,
         evaluation={},
@@ -60,24 +60,35 @@ def make_task(source):
     )
 
 
-def setup(fault, *, skip, **options):
+def setup(fault, *, skip, parallelism="pmap", **options):
     """The step, a state with all that a step changes, and the data: four batches, one of them bad."""
     examples = source(fault)
     task = make_task(examples)
     tx = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1 / (1 + step)))
     state = create_state(Net(), tx, task.inputs, seed=0, ema=True)
-    state = jax.device_put(state, NamedSharding(Mesh(jax.devices(), (AXIS,)), PartitionSpec()))
-    step = make_train_step(task, ema=0.9, skip_nonfinite=skip, **options)
-    return step, state, TrainInput(examples, batch_size=BATCH, seed=0, on_device=True)
+    layout = DataParallel()
+    if parallelism == "fsdp":
+        layout = FullySharded.of(state.params, cf.find_kernels(Net(), *task.inputs))
+    step = make_train_step(task, layout, ema=0.9, skip_nonfinite=skip, **options)
+    return step, layout.place(state), TrainInput(examples, batch_size=BATCH, seed=0, on_device=True)
 
 
 def is_bad(batch):
     return NUM // 2 in np.asarray(batch["index"])
 
 
-@pytest.mark.parametrize(("fault", "parts"), [("loss", 1), ("loss", 2), ("gradient", 1), ("overflow", 1)])
-def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedule(fault, parts):
-    step, state, data = setup(fault, skip=True, accumulation_steps=parts)
+@pytest.mark.parametrize(
+    ("fault", "options"),
+    [
+        ("loss", {}),
+        ("loss", {"accumulation_steps": 2}),
+        ("loss", {"parallelism": "fsdp"}),
+        ("gradient", {}),
+        ("overflow", {"parallelism": "fsdp"}),
+    ],
+)
+def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedule(fault, options):
+    step, state, data = setup(fault, skip=True, **options)
     seen = []
     for number, batch in enumerate(data.epoch(0), 1):
         before = jax.device_get(state.replace(key=None))
