@@ -15,6 +15,8 @@ from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.schedule import keep_schedule
 from cuttlefish_jax.training.state import TrainState
 
+_SMALL = 1024  # entries; such arrays are never split over devices
+
 _ADVICE = (
     "lower config.schedule.peak or set config.optimizer.clip_norm, with another --workdir; "
     "the last checkpoint is whole"
@@ -93,4 +95,7 @@ def finite_or_none(values: Mapping[str, float], split: str) -> dict[str, float |
 
 def _all_finite(tree: Any) -> jax.Array:
     numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
+    # Together, the many small ones are one reduction to compile, not one each; the large ones are not copied.
+    small = [jnp.ravel(leaf).astype(jnp.float32) for leaf in numbers if leaf.size < _SMALL]
+    large = [leaf for leaf in numbers if leaf.size >= _SMALL]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in [jnp.concatenate(small), *large]]))
