@@ -10,21 +10,30 @@ such as its bias, moves to ``layer/v``. Stack axes lead, in their old order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from cuttlefish_jax.kernels import Kernel, check_kernel, is_box, kernel_matrix, reboxed, subtree, unboxed
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, map_matrices
+from cuttlefish_jax.kernels import (
+    Kernel,
+    check_kernel,
+    is_box,
+    kernel_matrix,
+    kernel_sides,
+    reboxed,
+    subtree,
+    unboxed,
+)
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     Params = Mapping[str, Any]
-    Matrix = Float[Array, "*stack m n"]
     U = Float[Array, "*stack m r"]
     V = Float[Array, "*stack r n"]
 
@@ -144,16 +153,31 @@ def factor_matrices(params: Params, plan: FactorizationPlan) -> dict[str, tuple[
     Raises:
       ValueError: if ``params`` were not factorized with this plan.
     """
+    return {
+        kernel.path: (kernel_matrix(params, u), kernel_matrix(params, v))
+        for kernel, u, v in _factor_kernels(params, plan)
+    }
+
+
+def factor_sides(params: Params, plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
+    """The same in the axes of the kernels, ``[*stack, *rows, r]`` and ``[*stack, r, *columns]``."""
     factors = {}
+    for kernel, u, v in _factor_kernels(params, plan):
+        columns = [kernel.shape[a] for a in kernel.output_axes]
+        of_v = kernel_sides(params, v).reshape(*v.stack_shape, v.m, *columns)  # a window is one position
+        factors[kernel.path] = kernel_sides(params, u), of_v
+    return factors
+
+
+def _factor_kernels(params: Params, plan: FactorizationPlan) -> Iterator[tuple[Kernel, Kernel, Kernel]]:
+    """Every factorized kernel, and those of its factors."""
     for path, rank in plan.rank_entries:
         layer = subtree(params, path)
         if "u" not in layer or "v" not in layer:
             raise ValueError(
                 f"the layer at {path!r} is not factorized: it has {sorted(layer)}, expected u and v"
             )
-        u, v = plan.kernels[path].factors(rank)
-        factors[path] = kernel_matrix(params, u), kernel_matrix(params, v)
-    return factors
+        yield plan.kernels[path], *plan.kernels[path].factors(rank)
 
 
 def split_layers(
@@ -196,39 +220,47 @@ def factorize_batch_stats(batch_stats: Params | None, plan: FactorizationPlan) -
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _balanced_factors(kernels: dict[str, Array], plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
-    matrices = [plan.kernels[path].to_matrix(kernel).astype(jnp.float32) for path, kernel in kernels.items()]
+def _balanced_factors(params: dict[str, Array], plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
+    kernels = [plan.kernels[path] for path in params]
+    sides = [k.to_sides(param).astype(jnp.float32) for k, param in zip(kernels, params.values(), strict=True)]
     factors = {}
-    for (path, kernel), (u, v) in zip(kernels.items(), map_matrices(_balanced, matrices), strict=True):
-        halves = u[..., :, : plan.ranks[path]], v[..., : plan.ranks[path], :]
-        factors[path] = shape_factors(halves, plan.kernels[path], kernel.dtype)
+    for kernel, (u, v) in zip(kernels, map_sides(_balanced, sides, kernels), strict=True):
+        rank, stack = plan.ranks[kernel.path], (slice(None),) * len(kernel.stack_axes)
+        halves = u[..., :rank], v[(*stack, slice(rank))]
+        factors[kernel.path] = shape_factors(halves, kernel, params[kernel.path].dtype)
     return factors
 
 
-def shape_factors(halves: tuple[U, V], kernel: Kernel, dtype: Any) -> tuple[Array, Array]:
-    """The two matrices of a layer as the arrays that stand in its params."""
+def shape_factors(halves: tuple[Array, Array], kernel: Kernel, dtype: Any) -> tuple[Array, Array]:
+    """The two factors of a layer's matrix, in their own axes, as the arrays that stand in its params."""
     u, v = kernel.factors(halves[0].shape[-1])
-    return u.from_matrix(halves[0]).astype(dtype), v.from_matrix(halves[1]).astype(dtype)
+    return u.from_sides(halves[0]).astype(dtype), v.from_sides(halves[1]).astype(dtype)
 
 
-def _balanced(w: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
-    """All ``k = min(m, n)`` columns of the balanced factors, the largest singular value first."""
-    m, n = w.shape[-2:]
-    if m < n:
-        v, u = _balanced(w.mT)
-        return u.mT, v.mT
+def _balanced(w: Float[Array, "*m *n"], rows: int) -> tuple[Array, Array]:
+    """All ``k = min(m, n)`` columns of the balanced factors, the largest singular value first.
+
+    Returns:
+      ``f32[*m, k]`` and ``f32[k, *n]``.
+    """
+    n = math.prod(w.shape[rows:])
+    if math.prod(w.shape[:rows]) < n:
+        v, u = _balanced(jnp.moveaxis(w, range(rows), range(-rows, 0)), w.ndim - rows)
+        return jnp.moveaxis(u, 0, -1), jnp.moveaxis(v, -1, 0)
     # With its largest entry scaled to 1, no square overflows or vanishes.
-    scale = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
+    scale = jnp.max(jnp.abs(w))
     scale = jnp.minimum(jnp.where(scale > 0, scale, 1), LARGEST_DIVISOR)
     w = w / scale
     # Whatever the rounding of q and s, u v = w q q^T: an orthogonal projection of w, exact at full rank.
-    eigenvalues, q = jnp.linalg.eigh(_matmul(w.mT, w))
-    eigenvalues, q = eigenvalues[..., ::-1], q[..., ::-1]
+    eigenvalues, q = jnp.linalg.eigh(gram(w, range(rows)))
+    eigenvalues, q = eigenvalues[::-1], q[:, ::-1]
     # Below the Gram matrix's rounding (s < 3e-4 s_max) the split of s between u and v means nothing.
-    floor = jnp.maximum(1e-7 * eigenvalues[..., :1], jnp.finfo(w.dtype).tiny)
-    root = jnp.maximum(eigenvalues, floor)[..., None, :] ** 0.25
+    floor = jnp.maximum(1e-7 * eigenvalues[:1], jnp.finfo(w.dtype).tiny)
+    root = jnp.maximum(eigenvalues, floor) ** 0.25
     half = jnp.sqrt(scale)
-    return _matmul(w, q) / root * half, (q * root * half).mT
+    columns = w.shape[rows:]
+    u = tensordot(w, q.reshape(*columns, n), len(columns)) / root * half
+    return u, (q * root * half).T.reshape(n, *columns)
 
 
 def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str, Callable]) -> dict[str, Any]:

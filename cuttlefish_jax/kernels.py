@@ -111,16 +111,26 @@ class Kernel:
         looked_up = 0 if rank is None else self.lookups * rank * self.n * math.prod(self.stack_shape)
         return 2 * (self.positions * self.num_params(rank) + looked_up)
 
+    def to_sides(self, kernel: Array) -> Array:
+        """The parameter with the axes of the rows before those of the columns, ``[*stack, *rows, *columns]``.
+
+        Unlike in :meth:`to_matrix` no axes become one, which can gather a kernel that is split over devices.
+        """
+        return jnp.transpose(kernel, self.stack_axes + self.reduction_axes + self.output_axes)
+
+    def from_sides(self, sides: Array) -> Array:
+        """Inverse of :meth:`to_sides`; where axes are of size 1, the given ones may lack them."""
+        order = self.stack_axes + self.reduction_axes + self.output_axes
+        unstacked = jnp.reshape(sides, [self.shape[a] for a in order])
+        return jnp.transpose(unstacked, [order.index(a) for a in range(len(order))])
+
     def to_matrix(self, kernel: Array) -> Float[Array, "*stack m n"]:
         """The parameter as one matrix per copy, ``[*stack, m, n]``, in its own dtype."""
-        order = self.stack_axes + self.reduction_axes + self.output_axes
-        return jnp.transpose(kernel, order).reshape(*self.stack_shape, self.m, self.n)
+        return self.to_sides(kernel).reshape(*self.stack_shape, self.m, self.n)
 
     def from_matrix(self, matrix: Float[Array, "*stack m n"]) -> Array:
         """Inverse of :meth:`to_matrix`: a parameter of shape ``self.shape``."""
-        order = self.stack_axes + self.reduction_axes + self.output_axes
-        unstacked = jnp.reshape(matrix, [self.shape[a] for a in order])
-        return jnp.transpose(unstacked, [order.index(a) for a in range(len(order))])
+        return self.from_sides(matrix)
 
     def factors(self, rank: int) -> tuple[Kernel, Kernel]:
         """The kernels of the layer's two factors, ``path/u`` and ``path/v``, at ``rank``."""
@@ -306,8 +316,13 @@ def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
     Raises:
       ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
     """
+    return kernel_sides(params, kernel).reshape(*kernel.stack_shape, kernel.m, kernel.n)
+
+
+def kernel_sides(params: Params, kernel: Kernel) -> Array:
+    """The same in the kernel's own axes, ``[*stack, *rows, *columns]``, see :meth:`Kernel.to_sides`."""
     check_kernel(params, kernel)
-    return kernel.to_matrix(unboxed(subtree(params, kernel.path)[kernel.param]))
+    return kernel.to_sides(unboxed(subtree(params, kernel.path)[kernel.param]))
 
 
 def unboxed(leaf: Any) -> Any:

@@ -12,9 +12,23 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from cuttlefish_jax.kernels import Kernel
+
 # Of float32. Compilers divide by a number by multiplying with its reciprocal, taken for zero where that
 # is subnormal. Entries that are divided by no more than this are still below 4.
 LARGEST_DIVISOR = 2.0**126
+
+
+def tensordot(a: Array, b: Array, axes: int | tuple[Sequence[int], Sequence[int]]) -> Array:
+    """``jnp.tensordot`` in full precision."""
+    axes = axes if isinstance(axes, int) else (tuple(axes[0]), tuple(axes[1]))
+    return jnp.tensordot(a, b, axes, precision=jax.lax.Precision.HIGHEST)
+
+
+def gram(w: Float[Array, "*m *n"], contracted: Sequence[int]) -> Float[Array, "k k"]:
+    """The scalar products of a matrix's columns, if its axes of rows are contracted, or of its rows."""
+    k = math.prod(size for axis, size in enumerate(w.shape) if axis not in contracted)
+    return tensordot(w, w, (contracted, contracted)).reshape(k, k)
 
 
 def map_matrices(
@@ -34,22 +48,48 @@ def map_matrices(
       >>> [x.tolist() for x in map_matrices(jnp.trace, [jnp.eye(2), jnp.ones((2, 3, 3))])]
       [2.0, [3.0, 3.0]]
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault(matrix.shape[-2:], []).append(index)
+    return _map(lambda matrix, _: fn(matrix), matrices, [(2, 1)] * len(matrices))
+
+
+def map_sides(
+    fn: Callable[[Array, int], Any], arrays: Sequence[Array], kernels: Sequence[Kernel]
+) -> list[Any]:
+    """``fn`` of every kernel's matrix in its own axes, which a kernel that is split over devices needs.
+
+    Args:
+      fn: takes one matrix as ``[*rows, *columns]`` and the number of its axes of rows, and returns an array
+        or a pytree of arrays.
+      arrays: the kernels as :meth:`Kernel.to_sides` gives them, ``[*stack, *rows, *columns]``, all of one
+        dtype.
+      kernels: what their axes are.
+
+    Returns:
+      For each of ``arrays`` what ``fn`` returned, its arrays stacked by ``*stack``.
+    """
+    sides = [(len(k.reduction_axes) + len(k.output_axes), len(k.reduction_axes)) for k in kernels]
+    return _map(fn, arrays, sides)
+
+
+def _map(
+    fn: Callable[[Array, int], Any], matrices: Sequence[Array], sides: Sequence[tuple[int, int]]
+) -> list[Any]:
+    """``fn(matrix, row axes)`` of every matrix, one after the other; ``sides``: their axes, and row axes."""
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for index, (matrix, (axes, rows)) in enumerate(zip(matrices, sides, strict=True)):
+        groups.setdefault((matrix.shape[matrix.ndim - axes :], rows), []).append(index)
     results: dict[int, Any] = {}
     # One group after the other, and the first after all that makes the matrices. LAPACK calls that the CPU
     # backend of jaxlib 0.10 starts side by side, one on each thread of its pool, all wait for a free thread
     # of that pool: for ever, with two cores often.
-    before: Any = sum(jnp.ravel(matrix)[0] for matrix in matrices)
-    for shape, members in groups.items():
-        stacks = [matrices[i].shape[:-2] for i in members]
+    before: Any = sum(_first(matrix) for matrix in matrices)
+    for (shape, rows), members in groups.items():
+        stacks = [matrices[i].shape[: matrices[i].ndim - len(shape)] for i in members]
         flat = jnp.concatenate([matrices[i].reshape(-1, *shape) for i in members])
         # No number is greater than infinity, but the compiler orders the groups by it.
-        flat += jnp.ravel(before)[0] > jnp.inf
+        flat += _first(before) > jnp.inf
         # Not vmap: XLA's CPU backend is up to twice as fast with one matrix after the other, each of which
         # stays in the cache for all of its steps, as with batched matrix-vector products.
-        mapped = jax.lax.map(fn, flat)
+        mapped = jax.lax.map(lambda matrix: fn(matrix, rows), flat)  # noqa: B023
         before, start = jax.tree.leaves(mapped)[0], 0
         for index, stack in zip(members, stacks, strict=True):
             stop = start + math.prod(stack)
@@ -57,3 +97,8 @@ def map_matrices(
             results[index] = jax.tree.map(lambda x: x[here].reshape(*stack, *x.shape[1:]), mapped)  # noqa: B023
             start = stop
     return [results[index] for index in range(len(matrices))]
+
+
+def _first(array: Array) -> Array:
+    # Not of a reshaped array: all of it would be gathered.
+    return array[(0,) * array.ndim]

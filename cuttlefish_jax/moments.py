@@ -18,18 +18,17 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from cuttlefish_jax.factorize import factor_matrices, shape_factors, split_layers
-from cuttlefish_jax.kernels import subtree, unboxed
-from cuttlefish_jax.matrices import map_matrices
+from cuttlefish_jax.factorize import factor_sides, shape_factors, split_layers
+from cuttlefish_jax.kernels import Kernel, subtree, unboxed
+from cuttlefish_jax.matrices import map_matrices, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 Params = Mapping[str, Any]
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def project_momentum(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps a tree that is linear in the gradient: ``M -> (M V^T, U^T M)``; exact for frozen factors."""
-    return _project(tree, factor_matrices(params_low, plan), plan, _momentum)
+    return _project(tree, factor_sides(params_low, plan), plan, _momentum)
 
 
 def project_second_moment(
@@ -56,7 +55,7 @@ def project_second_moment(
     References:
       Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, ICLR 2025: the mean apart.
     """
-    factors = factor_matrices(params_low, plan)
+    factors = factor_sides(params_low, plan)
     if momentum is None:
         return _project(tree, factors, plan, _second_moment)
     leaves = {path: unboxed(subtree(momentum, path)[plan.kernels[path].param]) for path in plan.ranks}
@@ -64,7 +63,7 @@ def project_second_moment(
         # What is masked in one is so in the other.
         path: pair
         if isinstance(leaves[path], MaskedNode)
-        else (*pair, plan.kernels[path].to_matrix(leaves[path]))
+        else (*pair, plan.kernels[path].to_sides(leaves[path]))
         for path, pair in factors.items()
     }
     return _project(tree, triples, plan, _correlated_second_moment)
@@ -72,46 +71,66 @@ def project_second_moment(
 
 def project_average(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps an average of params, ``W -> (W V^+, V)``: the nearest product that has the params' own ``V``."""
-    rows = {path: v for path, (_, v) in factor_matrices(params_low, plan).items()}
-    inverses = _pseudo_inverses(tuple(rows.values()))
-    pairs = dict(zip(rows, zip(inverses, rows.values(), strict=True), strict=True))
+    rows = {path: v for path, (_, v) in factor_sides(params_low, plan).items()}
+    inverses = _pseudo_inverses(rows, plan)
+    pairs = {path: (inverses[path], v) for path, v in rows.items()}
     return _project(tree, pairs, plan, _average)
 
 
+# Of one matrix in its own axes: w and m ``[*rows, *columns]``, u ``[*rows, r]``, v ``[r, *columns]``.
+
+
 def _momentum(w, u, v):
-    return _matmul(w, v.mT), _matmul(u.mT, w)
+    rows, columns = range(u.ndim - 1), range(1, v.ndim)
+    return tensordot(w, v, (range(u.ndim - 1, w.ndim), columns)), tensordot(u, w, (rows, rows))
 
 
 def _second_moment(w, u, v):
-    return _matmul(w, jnp.square(v).mT), _matmul(jnp.square(u).mT, w)
+    return _momentum(w, jnp.square(u), jnp.square(v))
 
 
 def _correlated_second_moment(w, u, v, m):
     square = jnp.square(m)
     apart = _second_moment(jnp.maximum(w - square, 0), u, v)
 
-    def corrected(axis, uncorrelated, of_mean, expected, apart):
-        found, expected = (jnp.sum(x, axis, keepdims=True) for x in (jnp.square(of_mean), expected))
+    def corrected(axes, uncorrelated, of_mean, expected, apart):
+        found, expected = (jnp.sum(x, axes, keepdims=True) for x in (jnp.square(of_mean), expected))
         ratio = found / jnp.where(expected > 0, expected, jnp.inf)
         return jnp.maximum(uncorrelated * ratio, apart + jnp.square(of_mean))
 
     parts = _second_moment(w, u, v), _momentum(m, u, v), _second_moment(square, u, v), apart
     of_u, of_v = zip(*parts, strict=True)
-    return corrected(-2, *of_u), corrected(-1, *of_v)
+    return corrected(range(u.ndim - 1), *of_u), corrected(range(1, v.ndim), *of_v)
 
 
 def _average(w, inverse, v):
-    return _matmul(w, inverse), v
+    return tensordot(w, inverse, v.ndim - 1), v
 
 
-@jax.jit
-def _pseudo_inverses(rows):
-    """``V^+`` of every ``V``."""
-    rows = [v.astype(jnp.float32) for v in rows]
+@functools.partial(jax.jit, static_argnames="plan")
+def _pseudo_inverses(rows, plan: FactorizationPlan):
+    """``V^+`` of every ``V``, ``[*stack, *columns, r]``."""
+    rows = {path: v.astype(jnp.float32) for path, v in rows.items()}
     # Rows of V that stand for vanishing singular values, or were rounded to bfloat16, are not orthogonal.
     invert = functools.partial(jnp.linalg.pinv, rtol=1e-6, hermitian=True)
-    inverses = map_matrices(invert, [_matmul(v, v.mT) for v in rows])
-    return [_matmul(v.mT, inverse) for v, inverse in zip(rows, inverses, strict=True)]
+    grams = [_each(_gram_of_rows, plan.kernels[path])(v) for path, v in rows.items()]
+    found = zip(rows.items(), map_matrices(invert, grams), strict=True)
+    return {
+        path: _each(lambda v, inverse: tensordot(v, inverse, ([0], [0])), plan.kernels[path])(v, inverse)
+        for (path, v), inverse in found
+    }
+
+
+def _gram_of_rows(v):
+    columns = range(1, v.ndim)
+    return tensordot(v, v, (columns, columns))
+
+
+def _each(fn: Callable, kernel: Kernel) -> Callable:
+    """A function of one copy's matrices as one of all that a layer has."""
+    for _ in kernel.stack_axes:
+        fn = jax.vmap(fn)
+    return fn
 
 
 def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
@@ -126,7 +145,7 @@ def _split_all(leaves, factors, plan: FactorizationPlan, split: Callable):
     halves = {}
     for path, leaf in leaves.items():
         kernel = plan.kernels[path]
-        matrices = [factor.astype(jnp.float32) for factor in factors[path]]
-        matrix = kernel.to_matrix(leaf).astype(jnp.float32)
-        halves[path] = shape_factors(split(matrix, *matrices), kernel, leaf.dtype)
+        others = [factor.astype(jnp.float32) for factor in factors[path]]
+        sides = kernel.to_sides(leaf).astype(jnp.float32)
+        halves[path] = shape_factors(_each(split, kernel)(sides, *others), kernel, leaf.dtype)
     return halves

@@ -13,6 +13,7 @@ compile on a TPU.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_matrix, subtree, unboxed
+from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_sides, subtree, unboxed
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, map_matrices
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, tensordot
 from cuttlefish_jax.params import unwrap
 
 if TYPE_CHECKING:
@@ -270,13 +271,13 @@ def _accumulative_ranks(params: Params, kernels: tuple[Kernel, ...], p: Array) -
 
 
 def _measure_all(
-    measure: Callable[[Float[Array, "m n"]], Array], params: Params, kernels: tuple[Kernel, ...]
+    measure: Callable[[Float[Array, "*m *n"], int], Array], params: Params, kernels: tuple[Kernel, ...]
 ) -> tuple[Array, ...]:
     """``measure`` of every kernel's matrix in float32."""
 
     def run(params: Params) -> tuple[Array, ...]:
-        matrices = [kernel_matrix(params, kernel).astype(jnp.float32) for kernel in kernels]
-        return tuple(map_matrices(measure, matrices))
+        matrices = [kernel_sides(params, kernel).astype(jnp.float32) for kernel in kernels]
+        return tuple(map_sides(measure, matrices, kernels))
 
     return _on_any_mesh(run, params)
 
@@ -295,13 +296,16 @@ def _on_any_mesh(run: Callable[..., Any], params: Params, *others: Any) -> Any:
     return run(params, *others)
 
 
-def _gram(matrix: Float[Array, "m n"]) -> Float[Array, "k k"]:
+# Of one matrix in its kernel's own axes, ``[*m, *n]``, of which the first ``rows`` are those of the rows.
+
+
+def _gram(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, "k k"]:
     """Gram matrix of the smaller side, ``k = min(m, n)``."""
-    m, n = matrix.shape
-    return _matmul(matrix, matrix.T) if m <= n else _matmul(matrix.T, matrix)
+    m, n = math.prod(matrix.shape[:rows]), math.prod(matrix.shape[rows:])
+    return gram(matrix, range(rows, matrix.ndim) if m < n else range(rows))
 
 
-def _scaled(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, ""]]:
+def _scaled(matrix: Float[Array, "*m *n"]) -> tuple[Float[Array, "*m *n"], Float[Array, ""]]:
     """The matrix with its largest entry scaled to 1, and the scale: 0, NaN or inf if there is no such."""
     scale = jnp.max(jnp.abs(matrix))
     usable = (scale > 0) & jnp.isfinite(scale)
@@ -317,39 +321,43 @@ def _ratio(numerator: Array, denominator: Array, scale: Array) -> Float[Array, "
     return jnp.where(jnp.isfinite(scale), ratio, jnp.nan)
 
 
-def _exact_stable_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+def _exact_stable_rank(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, ""]:
     matrix, scale = _scaled(matrix)
-    gram = _gram(matrix)
-    return _ratio(jnp.trace(gram), jnp.linalg.eigvalsh(gram)[-1], scale)
+    small = _gram(matrix, rows)
+    return _ratio(jnp.trace(small), jnp.linalg.eigvalsh(small)[-1], scale)
 
 
-def _lanczos_stable_rank(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+def _lanczos_stable_rank(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, ""]:
     matrix, scale = _scaled(matrix)
-    return _ratio(jnp.sum(matrix * matrix), _largest_gram_eigenvalue(matrix), scale)
+    return _ratio(jnp.sum(matrix * matrix), _largest_gram_eigenvalue(matrix, rows), scale)
 
 
 _STABLE_RANK = {"exact": _exact_stable_rank, "lanczos": _lanczos_stable_rank}
 
 
-def _largest_gram_eigenvalue(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
+def _largest_gram_eigenvalue(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, ""]:
     r"""Largest eigenvalue of the smaller side's Gram matrix, from below, by Lanczos.
 
     With orthonormal q_1, ..., q_k that span the Krylov space of a start vector, Q^T (W W^T) Q is the
     tridiagonal matrix of the coefficients alpha (diagonal) and beta (beside it); its largest eigenvalue is
     the best estimate that the space has.
     """
-    m, n = matrix.shape
-    size = min(m, n)
+    m, n = math.prod(matrix.shape[:rows]), math.prod(matrix.shape[rows:])
+    size, columns = min(m, n), matrix.ndim - rows
     steps = min(LANCZOS_STEPS, size)
-    # Random, so that it is orthogonal to no singular vector of anyone's weights; fixed, so that the same
-    # weights always have the same stable rank.
+    # Orthogonal to no singular vector of anyone's weights; fixed, so that their stable rank is.
     start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
 
     def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         basis, q, alphas, betas = carry
         basis = basis.at[j].set(q)
         # Both products read the rows of the matrix as they lie in memory; transposing it is slower.
-        w = _matmul(matrix, _matmul(q, matrix)) if m <= n else _matmul(_matmul(matrix, q), matrix)
+        if m <= n:
+            half = tensordot(q.reshape(matrix.shape[:rows]), matrix, rows)
+            w = jnp.ravel(tensordot(matrix, half, columns))
+        else:
+            half = tensordot(matrix, q.reshape(matrix.shape[rows:]), columns)
+            w = jnp.ravel(tensordot(half, matrix, rows))
         alpha = _matmul(q, w)
         for _ in range(2):  # once leaves the noise of cancellation behind; twice is enough
             w = w - _matmul(_matmul(basis, w), basis)
@@ -369,21 +377,23 @@ def _largest_gram_eigenvalue(matrix: Float[Array, "m n"]) -> Float[Array, ""]:
     return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
-def _relative_spectrum(matrix: Float[Array, "m n"]) -> tuple[Float[Array, " k"], Float[Array, ""]]:
+def _relative_spectrum(
+    matrix: Float[Array, "*m *n"], rows: int
+) -> tuple[Float[Array, " k"], Float[Array, ""]]:
     """The singular values of the scaled matrix, and the scale."""
     matrix, scale = _scaled(matrix)
-    squares = jnp.linalg.eigvalsh(_gram(matrix))[::-1]
+    squares = jnp.linalg.eigvalsh(_gram(matrix, rows))[::-1]
     # Rounding makes zero eigenvalues negative.
     return jnp.sqrt(jnp.maximum(squares, 0)), scale
 
 
-def _spectrum(matrix: Float[Array, "m n"]) -> Float[Array, " k"]:
-    relative, scale = _relative_spectrum(matrix)
+def _spectrum(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, " k"]:
+    relative, scale = _relative_spectrum(matrix, rows)
     return jnp.where(jnp.isfinite(scale), scale * relative, jnp.nan)
 
 
-def _accumulative_rank(matrix: Float[Array, "m n"], *, p: Array) -> Int[Array, ""]:
-    relative, scale = _relative_spectrum(matrix)
+def _accumulative_rank(matrix: Float[Array, "*m *n"], rows: int, *, p: Array) -> Int[Array, ""]:
+    relative, scale = _relative_spectrum(matrix, rows)
     sums = jnp.cumsum(relative)
     # The tolerance lets an exact tie, such as 4 of 5 equal values at p = 0.8, count as reached.
     below = sums < p * sums[-1] * (1 - 1e-5)

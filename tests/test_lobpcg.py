@@ -1,8 +1,6 @@
 """Stable ranks from a warm start."""
 
 import logging
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from program_tools import collective_sizes
 
 from cuttlefish_jax.kernels import Kernel, Kernels
 from cuttlefish_jax.lobpcg import leading_eigenvalues
@@ -177,15 +176,6 @@ def test_degenerate_matrices():
         for path, rank in expected.items():
             np.testing.assert_allclose(ranks[path], rank, rtol=1e-3, err_msg=path)
         assert all(np.isfinite(value).all() for value in vectors.values())
-
-
-COLLECTIVE = re.compile(r"= (\(?[a-z0-9]+\[[^=]*?) (?:all-\w+|collective-\w+|reduce-scatter|ragged-\S+?)\(")
-
-
-def collective_sizes(text):
-    """Elements of the result of every communication in a compiled program."""
-    shapes = [shape for found in COLLECTIVE.findall(text) for shape in re.findall(r"\[([\d,]*)\]", found)]
-    return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
 
 
 @pytest.mark.parametrize(

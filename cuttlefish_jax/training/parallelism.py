@@ -53,6 +53,14 @@ class _Layout:
         """The shardings of a state, in its tree; the state may be one of shapes."""
         return jax.tree.map(lambda _: self.replicated, state)
 
+    def abstract(self, state: TrainState) -> TrainState:
+        """The shapes of a state in this layout."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.shardings(state),
+        )
+
     def place(self, state: TrainState) -> TrainState:
         """Puts a state on the devices, in this layout, without any device holding more than its part.
 
@@ -118,7 +126,7 @@ class FullySharded(_Layout):
     ) -> FullySharded:
         """The layout of a network's training states.
 
-        Kernels are split by an axis of their matrix, factors by one that is not of the rank.
+        Kernels are split along the longer side of their matrix, factors by an axis that is not the rank's.
 
         Args:
           params: the network's parameters, or their shapes.
@@ -127,11 +135,11 @@ class FullySharded(_Layout):
           devices: to be used; by default all of all hosts.
         """
         mesh = device_mesh(devices)
-        axes = _matrix_axes(kernels, plan)
+        sides = _sides(kernels, plan)
 
         def spec(keys: tuple[Any, ...], leaf: Any) -> PartitionSpec:
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            return _spec(leaf.shape, axes.get(name, (tuple(range(leaf.ndim)),)), mesh.size)
+            return _spec(leaf.shape, sides.get(name, [tuple(range(leaf.ndim))]), mesh.size)
 
         return cls(mesh, jax.tree_util.tree_map_with_path(spec, params))
 
@@ -249,41 +257,36 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
 
 
-def _matrix_axes(
+def _sides(
     kernels: Mapping[str, cf.Kernel], plan: cf.FactorizationPlan | None
-) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The axes of each kernel or factor that it may be split by, together those of a side of its matrix.
+) -> dict[str, list[tuple[int, ...]]]:
+    """For each kernel and factor the axes that it may be split by, the preferable ones first.
 
-    Stack axes are not, since layers are taken from a stack one after the other; nor is a factor's rank.
+    That is the longer side of a kernel's matrix: of the shorter one's Gram matrix each device then has a
+    summand, and makes its part of the factors. Layers are taken from a stack one after the other, so it is
+    not split, and neither is a factor's rank.
     """
-    axes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    sides: dict[str, list[tuple[int, ...]]] = {}
     for path, kernel in kernels.items():
         if plan is not None and path in plan.ranks:
             u, v = kernel.factors(plan.ranks[path])
-            sides = {u: (u.reduction_axes,), v: (v.output_axes,)}
+            parts = {u: [u.reduction_axes], v: [v.output_axes]}
         else:
-            sides = {kernel: (kernel.reduction_axes, kernel.output_axes)}
-        axes |= {f"{part.path}/{part.param}".lstrip("/"): side for part, side in sides.items()}
-    return axes
+            rows, columns = kernel.reduction_axes, kernel.output_axes
+            parts = {kernel: [columns, rows] if kernel.m < kernel.n else [rows, columns]}
+        sides |= {f"{part.path}/{part.param}".lstrip("/"): axes for part, axes in parts.items()}
+    return sides
 
 
 def _spec(shape: tuple[int, ...], sides: Sequence[tuple[int, ...]], parts: int) -> PartitionSpec:
-    """Splits an array evenly by its largest axis, the last of equal ones, or not at all."""
-    if math.prod(shape) < _LEAST_SPLIT or parts == 1:
-        return PartitionSpec()
-
-    def leads(side: tuple[int, ...], axis: int) -> bool:
-        # A side that is split by its leading axis is so, too, when its axes are made one: the matrix needs no
-        # communication.
-        return all(shape[a] == 1 for a in side[: side.index(axis)])
-
-    possible = [
-        (leads(side, axis), shape[axis], axis) for side in sides for axis in side if shape[axis] % parts == 0
-    ]
-    if not possible:
-        return PartitionSpec()
-    *_, best = max(possible)
-    return PartitionSpec(*(AXIS if axis == best else None for axis in range(len(shape))))
+    """Splits an array evenly by the largest axis of the first side that has one, or not at all."""
+    if parts > 1 and math.prod(shape) >= _LEAST_SPLIT:
+        for side in sides:
+            # The last of equal ones: no axis of a convolution's window.
+            if possible := [(shape[axis], axis) for axis in side if shape[axis] % parts == 0]:
+                _, best = max(possible)
+                return PartitionSpec(*(AXIS if axis == best else None for axis in range(len(shape))))
+    return PartitionSpec()
 
 
 def _put(leaves: list[Any], shardings: list[NamedSharding]) -> list[jax.Array]:

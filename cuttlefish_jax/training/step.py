@@ -177,6 +177,17 @@ class Compiled:
         return self._last.memory_analysis() if self._executables else None
 
     @property
+    def peak_bytes(self) -> int | None:
+        """Bytes that one call takes on one device at most, by XLA's count; None before the first call.
+
+        Arguments, results that are not in their place, and temporary memory.
+        """
+        if (memory := self.memory) is None:
+            return None
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+
+    @property
     def _last(self) -> Any:
         return next(reversed(self._executables.values()))
 

@@ -112,12 +112,9 @@ class Switcher:
                 state = state.replace(opt_state=keep_schedule(fresh, state.opt_state))
             return state.replace(rank_vectors={})
 
-        low = jax.eval_shape(convert, state)
-        shardings = phase.layout.shardings(low)
+        low = phase.layout.abstract(jax.eval_shape(convert, state))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, low)
         program = jax.jit(convert, out_shardings=shardings).lower(state).compile()
-        low = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), low, shardings
-        )
         train_inputs, eval_inputs = inputs
         for data in train_inputs:
             phase.train_step.compile_for(low, *data)

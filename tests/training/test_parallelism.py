@@ -1,6 +1,7 @@
 """Training states that are split over devices, against states that are whole on each of them."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -8,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
+from program_tools import collective_sizes
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import ArraySource, EvalInput, TrainInput
 from cuttlefish_jax.training.epoch import evaluate
 from cuttlefish_jax.training.losses import cross_entropy
-from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded, bytes_per_device
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.recipe import make_optimizer
 from cuttlefish_jax.training.state import create_params, create_state
@@ -31,12 +34,12 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.Conv(24, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.Conv(32, (3, 3), use_bias=False, name="conv")(x)
         x = nn.BatchNorm(use_running_average=not train, axis_name=self.norm_axis_name, name="norm")(x)
         x = nn.relu(x).mean((1, 2))
-        x = nn.gelu(nn.Dense(160, name="up")(x))
+        x = nn.gelu(nn.Dense(256, name="up")(x))
         x = nn.DenseGeneral((4, 16), name="heads")(x)
-        x = nn.DenseGeneral(48, axis=(-2, -1), name="merge")(x)
+        x = nn.DenseGeneral(40, axis=(-2, -1), name="merge")(x)
         x = nn.Dropout(0.3, deterministic=not train)(x)
         return nn.Dense(CLASSES, name="classifier")(x)
 
@@ -151,3 +154,92 @@ def test_evaluation_and_batch_statistics_of_a_split_state(task):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), results["fsdp"], results["pmap"]
     )
+
+
+def test_kernels_are_split_along_their_longer_side_and_factors_not_by_their_rank(task):
+    model = Network()
+    plan = low_rank(model, task)
+    assert layout_of("fsdp", model, task).specs == {
+        "conv": {"kernel": P(None, None, AXIS, None)},
+        "norm": {"scale": P(), "bias": P()},
+        "up": {"kernel": P(None, AXIS), "bias": P()},
+        "heads": {"kernel": P(AXIS, None, None), "bias": P()},
+        # The rows are 4 x 16.
+        "merge": {"kernel": P(None, AXIS, None), "bias": P()},
+        # Small.
+        "classifier": {"kernel": P(), "bias": P()},
+    }
+    low = layout_of("fsdp", cf.factorize(model, plan), task, plan)
+    assert low.specs["up"] == {"u": {"kernel": P()}, "v": {"kernel": P(None, AXIS), "bias": P()}}
+    assert low.specs["heads"]["u"]["kernel"] == P(AXIS, None)
+    # Nothing is split unevenly, and by one device not at all.
+    five = layout_of("fsdp", model, task, devices=jax.devices()[:5])
+    assert five.specs["merge"]["kernel"] == P(None, None, AXIS) and five.specs["up"]["kernel"] == P()
+    one = layout_of("fsdp", model, task, devices=jax.devices()[:1])
+    assert set(jax.tree.leaves(one.specs)) == {P()}
+
+
+def test_what_the_optimizer_remembers_is_split_like_the_params(task):
+    layout = layout_of("fsdp", Network(), task)
+    tx = optimizer(name="adamw", freeze=("up",))
+    state = jax.eval_shape(lambda: create_state(Network(), tx, task.inputs, seed=0, ema=True))
+    shardings = layout.shardings(state)
+    moments = [s for s in jax.tree.leaves(shardings.opt_state) if s.spec == P(AXIS, None, None)]
+    assert len(moments) == 2  # of the heads
+    # The frozen kernel is the one that has no moments.
+    assert not [s for s in jax.tree.leaves(shardings.opt_state) if s.spec == P(None, AXIS)]
+    assert shardings.ema_params == shardings.params
+    assert shardings.step.spec == shardings.key.spec == P()
+
+
+def test_a_switch_gathers_no_kernel(task):
+    model, tx = Network(), optimizer(name="adamw")
+    kernels = cf.find_kernels(model, *task.inputs, train=False)
+    plan = low_rank(model, task)
+    layout = layout_of("fsdp", model, task)
+    state, _, _ = start(task, layout, model, tx)
+    low = cf.factorize(model, plan)
+
+    def convert(state):
+        return cf.switch(state, plan, tx, apply_fn=low.apply)
+
+    shardings = layout_of("fsdp", low, task, plan).shardings(jax.eval_shape(convert, state))
+    program = jax.jit(convert, out_shardings=shardings).lower(state).compile()
+    exact = jax.jit(lambda params: cf.singular_values(params, kernels), out_shardings=layout.replicated)
+    sizes = [
+        collective_sizes(program.as_text()),
+        collective_sizes(exact.lower(state.params).compile().as_text()),
+    ]
+    # Of no kernel more than a Gram matrix goes from device to device.
+    assert all(max(found) == max(kernel.max_rank for kernel in kernels.values()) ** 2 for found in sizes)
+    assert not {math.prod(kernels[path].shape) for path in plan.ranks} & set(sizes[0] + sizes[1])
+    # And the factors are those of a state that is whole.
+    one = jax.device_get(state.params)
+    expected, found = cf.merge_params(cf.factorize_params(one, plan), plan), program(state).params
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        cf.merge_params(found, plan),
+        expected,
+    )
+
+
+def test_memory_falls_with_the_number_of_devices(task):
+    model, tx = Network(), optimizer(name="adamw")
+    state = jax.eval_shape(lambda: create_state(model, tx, task.inputs, seed=0, ema=True))
+    whole, at_rest, peaks = bytes_per_device(state, DataParallel().shardings(state)), {}, {}
+    for number in (1, 2, 4, 8):
+        devices = jax.devices()[:number]
+        layout = layout_of("fsdp", model, task, devices=devices)
+        at_rest[number] = bytes_per_device(state, layout.shardings(state))
+        data = TrainInput(task.train, batch_size=8, seed=0, on_device=True, devices=devices)
+        step = make_train_step(task, layout, ema=0.9)
+        step.compile_for(layout.abstract(state), data.resident, next(data.epoch(0)))
+        peaks[number] = step.peak_bytes
+    # What is small is not split: biases, norms and the classifier.
+    small = 2 * at_rest[2] - whole
+    assert at_rest == {number: small + (whole - small) / number for number in (1, 2, 4, 8)}
+    assert small < 0.05 * whole
+    # Besides the state there are the parameters that a step has gathered, at most all of them.
+    params = bytes_per_device(state.params, DataParallel().shardings(state).params)
+    assert peaks[1] - peaks[8] > 0.8 * (whole - params)
+    assert peaks[1] > peaks[2] > peaks[4] > peaks[8]
