@@ -98,8 +98,8 @@ class Restored:
 class Checkpointer:
     """Saves and restores the checkpoints of one run.
 
-    Every host calls every method; orbax lets the first one write. All arrays have to be whole on each host
-    (replicated, as data parallel training has them), and the directory shared by the hosts.
+    Every host calls every method; orbax lets the first one write. Arrays that are split over devices or hosts
+    are saved whole, so that a run may go on with others. The directory is shared by the hosts.
 
     Args:
       directory: where the checkpoints are; made at the first save.
@@ -142,7 +142,6 @@ class Checkpointer:
         Raises:
           StorageError: if the disk is full or the directory cannot be written. That of an earlier save,
             which went on in the background, is raised here too.
-          ValueError: if an array is not whole on this host.
         """
         self.wait()
         leaves, key_types = _host_leaves(arrays)
@@ -332,12 +331,18 @@ def _host_leaves(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         else jnp.asarray(leaf)
         for name, leaf in named.items()
     }  # fmt: skip
-    for name, leaf in plain.items():
-        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise ValueError(
-                f"{name} is spread over several hosts: a checkpoint needs it whole on each of them"
-            )
-    return {name: np.asarray(leaf) for name, leaf in jax.device_get(plain).items()}, key_types
+    return _whole(plain), key_types
+
+
+def _whole(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Arrays in this host's memory; those that are split over hosts one after the other."""
+    spread = {
+        name: multihost_utils.process_allgather(array, tiled=True)
+        for name, array in arrays.items()
+        if not (array.is_fully_addressable or array.is_fully_replicated)
+    }
+    here = jax.device_get({name: array for name, array in arrays.items() if name not in spread})
+    return {name: np.asarray((spread | here)[name]) for name in arrays}
 
 
 def _payload(

@@ -22,7 +22,13 @@ from cuttlefish_jax.training.data import EvalInput, TrainInput
 from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import make_method, plan_from_config
 from cuttlefish_jax.training.network import create_network
-from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded, Layout
+from cuttlefish_jax.training.parallelism import (
+    AXIS,
+    DataParallel,
+    FullySharded,
+    Layout,
+    bytes_per_device,
+)
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recipe import frozen_mask, make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule
@@ -265,3 +271,8 @@ class Phase:
     def compile_seconds(self) -> float:
         """How long the phase's steps took to compile."""
         return self.train_step.compile_seconds + self.eval_step.compile_seconds
+
+    def memory(self, state: TrainState) -> dict[str, int | None]:
+        """Bytes on a device: of its ``state``, and of a train ``step`` at most, once there was one."""
+        size = bytes_per_device(state, self.layout.shardings(state))
+        return {"state": size, "step": self.train_step.peak_bytes}

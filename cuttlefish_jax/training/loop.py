@@ -36,7 +36,7 @@ from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
 
 # Settings that a run may go on with changed.
-_MAY_CHANGE = ("checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep")
+_MAY_CHANGE = ("parallelism", "checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.keep")
 
 
 @lost_hosts()
@@ -238,6 +238,7 @@ class _Run:
         self._take_steps(epoch)
         # The last step is done, and the measurement follows it.
         self.rank_seconds = 0.0 if phase.plan else self.meter.wait()
+        progress.memory[phase.name] = phase.memory(self.state)
         totals = progress.totals
         rate = np.asarray(phase.schedule(epoch * totals.steps)).item()
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}

@@ -28,6 +28,7 @@ class Progress:
       seconds: time spent, by what it was spent on, none of it twice; and ``"stall"``, all that training
         waited for at the switch, and ``"background"``, compilation that nobody waited for.
       examples: training examples seen, by phase.
+      memory: bytes on a device, by phase: of its state, and of a train step at most (``Phase.memory``).
     """
 
     tracker: RankTracker
@@ -40,6 +41,7 @@ class Progress:
     best: dict[str, Any] | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(_KINDS, 0.0))
     examples: dict[str, int] = dataclasses.field(default_factory=lambda: dict(full_rank=0, low_rank=0))
+    memory: dict[str, dict[str, int | None]] = dataclasses.field(default_factory=dict)
 
     @property
     def ranks_0(self) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         ("FLOPs per example", _change(summary["flops_full"], summary["flops_final"])),
         (f"test {summary['metric']}", f"{_percent(summary['test_score'])} (best {best})"),
         ("examples/s", _speeds(summary["examples_per_second_full"], summary["examples_per_second_low"])),
+        ("memory per device", _memory(summary)),
         ("time", _times(summary)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -169,6 +170,14 @@ def _percent(share: float | None) -> str:
 def _speeds(full: float | None, low: float | None) -> str:
     known = [f"{speed:,.0f} {phase}" for speed, phase in ((full, "full rank"), (low, "low rank")) if speed]
     return (", ".join(known) or "-") + (f" ({low / full:.2f}x)" if full and low else "")
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+    def sizes(what: str) -> str:
+        found = [summary[f"{what}_bytes_{phase}"] for phase in ("full", "low")]
+        return " -> ".join(f"{size / 1e6:,.1f} MB" for size in found if size is not None) or "-"
+
+    return f"state {sizes('state')}, a step at most {sizes('step')} ({summary['parallelism']})"
 
 
 def _times(summary: Mapping[str, Any]) -> str:

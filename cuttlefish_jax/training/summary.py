@@ -10,6 +10,8 @@ import jax
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.progress import Progress
 
+_PHASES = {"full": "full_rank", "low": "low_rank"}
+
 
 def summarize(
     experiment: Experiment, phase: Phase, progress: Progress, metrics: Sequence[Mapping[str, Any]]
@@ -23,7 +25,8 @@ def summarize(
       metrics: the lines of ``metrics.jsonl``.
 
     Returns:
-      The contents of ``summary.json``: FLOPs are forward ones for one example, times in seconds; the score
+      The contents of ``summary.json``: FLOPs are forward ones for one example, times in seconds, bytes those
+      on one device, of the state at rest and of a train step at most, None if none was made; the score
       is the task's first metric, ``metric``, and "best" is the epoch with the best validation score. What a
       task does not measure, such as the accuracy of a regression, is None.
     """
@@ -34,6 +37,9 @@ def summarize(
     def throughput(phase_name: str) -> float | None:
         seconds = progress.seconds[phase_name]
         return progress.examples[phase_name] / seconds if seconds else None
+
+    def memory(phase_name: str, what: str) -> int | None:
+        return progress.memory.get(_PHASES[phase_name], {}).get(what)
 
     return {
         "method": config.method,
@@ -66,6 +72,8 @@ def summarize(
         "compile_seconds_background": progress.seconds["background"],
         "examples_per_second_full": throughput("full_rank"),
         "examples_per_second_low": throughput("low_rank"),
+        "parallelism": config.parallelism,
+        **{f"{what}_bytes_{phase}": memory(phase, what) for what in ("state", "step") for phase in _PHASES},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }

@@ -31,7 +31,7 @@ def quick_compilation(compilation_cache):
     jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """A function that makes the configuration with some settings changed: ``tiny_config(**{"a.b": 1})``."""
 

@@ -29,11 +29,12 @@ def test_a_run_leaves_every_artifact(tiny_config, tmp_path, capsys):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     keys = """method model dataset seed epochs switch_epoch ranks params_full params_final flops_full
         flops_final test_accuracy best_test_accuracy train_seconds rank_seconds switch_seconds compile_seconds
-        examples_per_second_full examples_per_second_low device"""
+        examples_per_second_full examples_per_second_low device parallelism"""
     assert set(keys.split()) <= set(summary)
     assert summary["switch_epoch"] == 2
     assert summary["params_final"] < summary["params_full"]
     assert summary["flops_final"] < summary["flops_full"]
+    assert 0 < summary["state_bytes_low"] < summary["state_bytes_full"] < summary["step_bytes_full"]
 
     metrics = read_lines(tmp_path / "metrics.jsonl")
     assert [line["epoch"] for line in metrics] == [0, 1, 2, 3]

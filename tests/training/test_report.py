@@ -70,7 +70,8 @@ def summary():
         flops_final=555_422_720, params_trained=2_234_792, metric="accuracy", test_score=0.9466,
         best_test_score=0.95, train_seconds=2513.8, rank_seconds=2.0, profile_seconds=0.0,
         switch_seconds=1.0, compile_seconds=61.0, examples_per_second_full=5000.0,
-        examples_per_second_low=7500.0, device="cpu",
+        examples_per_second_low=7500.0, device="cpu", parallelism="fsdp", state_bytes_full=134_087_544,
+        state_bytes_low=26_817_504, step_bytes_full=1_250_000_000, step_bytes_low=1_100_000_000,
     )  # fmt: skip
 
 
@@ -81,6 +82,9 @@ def test_the_summary_says_what_was_saved(summary):
     assert "300, switched before epoch 81" in text
     assert "test accuracy      94.66 % (best 95.00 %)" in text
     assert "5,000 full rank, 7,500 low rank (1.50x)" in text
+    assert (
+        "memory per device  state 134.1 MB -> 26.8 MB, a step at most 1,250.0 MB -> 1,100.0 MB (fsdp)" in text
+    )
     assert "training 41 min 54 s, stable ranks 2.0 s, switch 1.0 s, compilation 1 min 01 s" in text
 
 
@@ -95,13 +99,14 @@ def test_the_summary_names_the_metric_and_what_is_frozen(summary):
 def test_the_summary_of_a_run_that_never_switched(summary):
     summary |= dict(
         switch_epoch=None, params_final=11_173_962, params_trained=11_173_962, flops_final=1_110_845_440,
-        examples_per_second_low=None, best_test_score=None,
+        examples_per_second_low=None, best_test_score=None, state_bytes_low=None, step_bytes_low=None,
     )  # fmt: skip
     text = summary_table(summary)
     assert "never switched" in text
     assert "11,173,962\n" in text
     assert "fewer" not in text
     assert "(best -)" in text
+    assert "state 134.1 MB, a step at most 1,250.0 MB (fsdp)" in text
     assert "5,000 full rank\n" in text
 
 
