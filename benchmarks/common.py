@@ -94,7 +94,7 @@ def report(
 def _command() -> str:
     """How to run this again: the command line, but for where it writes."""
     script, *arguments = sys.argv
-    words = ["python", f"benchmarks/{Path(script).name}"]
+    words = ["python", str(Path(script).resolve().relative_to(Path(__file__).resolve().parents[1]))]
     kept = iter(arguments)
     for word in kept:
         name, is_joined, _ = word.partition("=")

@@ -75,10 +75,10 @@ class Trainer:
             self.command(*more), cwd=ROOT, env=self.environment, capture_output=True, text=True
         )
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *more: str) -> subprocess.Popen[str]:
         """A process whose output, errors included, can be read line by line."""
         return subprocess.Popen(
-            self.command(),
+            self.command(*more),
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,

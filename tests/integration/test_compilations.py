@@ -58,7 +58,7 @@ def test_nothing_is_compiled_after_the_first_epoch_of_a_phase(tiny_config, tmp_p
     # The step, the evaluation of two splits, the change of the state.
     assert len(others) == 4, others
 
-    # Without that, the second phase compiles at the switch, and never again; a resumed run in its first epoch.
+    # Without that, the second phase compiles at the switch, and not again; a resumed run in its first epoch.
     config.switch.compile_ahead = False
     here, others = compiled(config, tmp_path / "there", stop=5)
     assert {epoch for epoch, _ in here} == {None, 0, 2}, here  # 2: behind the steps of that epoch
