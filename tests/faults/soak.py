@@ -10,6 +10,7 @@ epochs. For Linux.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -48,14 +49,13 @@ def sample(process: subprocess.Popen[str], workdir: Path) -> dict[str, Any]:
 
 
 def _size(folder: Path, suffix: str = "") -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and str(path).endswith(suffix):
-                total = max(total, path.stat().st_size) if suffix else total + path.stat().st_size
-        except FileNotFoundError:  # a checkpoint is being replaced
-            continue
-    return total
+    """Bytes in a folder, or of the largest file of such a name; what is just being replaced counts 0."""
+    sizes = [0]
+    for parent, _, names in os.walk(folder):  # which passes over folders that have gone
+        for path in (os.path.join(parent, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.stat(path).st_size if path.endswith(suffix) else 0)
+    return max(sizes) if suffix else sum(sizes)
 
 
 def _main() -> None:
