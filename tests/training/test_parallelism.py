@@ -15,7 +15,7 @@ from program_tools import collective_sizes
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import ArraySource, EvalInput, TrainInput
-from cuttlefish_jax.training.epoch import evaluate
+from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.losses import cross_entropy
 from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded, bytes_per_device
 from cuttlefish_jax.training.recalibration import recalibrate
@@ -159,6 +159,18 @@ def test_evaluation_and_batch_statistics_of_a_split_state(task):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), results["fsdp"], results["pmap"]
     )
+
+
+def test_steps_of_a_split_state_bring_nothing_to_the_devices_but_batches(task):
+    """And the old state's memory is the new one's."""
+    layout = layout_of("fsdp", Network(), task)
+    state, data, step = start(task, layout, Network(), optimizer(name="adamw"))
+    size = bytes_per_device(state, layout.shardings(state))
+    state, _ = train_epoch(step, state, data, 0)
+    with jax.transfer_guard("disallow"):
+        state, _ = train_epoch(step, state, data, 1)
+    assert step.memory.alias_size_in_bytes >= size
+    assert int(state.step) == 2 * data.steps_per_epoch
 
 
 def test_kernels_are_split_along_their_longer_side_and_factors_not_by_their_rank(task):
