@@ -1,9 +1,13 @@
-"""Files that are whole at any moment."""
+"""Files that are whole at any moment, and what is not trusted bounded before it is read."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 
 def replace_file(file: Path, contents: bytes) -> None:
@@ -31,3 +35,43 @@ def replace_file(file: Path, contents: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+# A plan of ten thousand layers has a tenth of it.
+_LARGEST_DOCUMENT = 64 * 2**20
+
+
+def read_document(path: Path) -> bytes:
+    """The contents of a JSON document that is not trusted.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: if it is too large for what it should be.
+    """
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_DOCUMENT + 1)
+    if len(content) > _LARGEST_DOCUMENT:
+        raise ValueError(f"it has more than {_LARGEST_DOCUMENT // 2**20} MiB, too much for such a document")
+    return content
+
+
+def check_memory(arrays: Iterable[tuple[Sequence[int], str]]) -> None:
+    """Looks at what arrays a file declares before memory is taken for them.
+
+    Args:
+      arrays: shape and dtype of each.
+
+    Raises:
+      ValueError: if one is no array of numbers, or together they are larger than this machine's memory.
+    """
+    needed = 0
+    for shape, dtype in arrays:
+        itemsize = np.dtype(dtype).itemsize
+        if np.dtype(dtype).hasobject or itemsize > 16 or min(shape, default=0) < 0:
+            raise ValueError(f"it declares an array of type {dtype!r:.40} and shape {list(shape)!s:.80}")
+        needed += math.prod(shape) * itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"it declares arrays of {needed / 2**30:,.1f} GiB, and this machine has {memory / 2**30:,.1f}"
+        )

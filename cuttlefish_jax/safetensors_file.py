@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cuttlefish_jax.files import read_document
 from cuttlefish_jax.json_reader import JsonReader
 
 FILE = "model.safetensors"
@@ -141,7 +142,7 @@ def shards_of(index: Path) -> list[str]:
       ValueError: if it is no index, or names a file elsewhere.
     """
     try:
-        names = _READER.get(_READER.load(index.read_bytes()), "weight_map", dict)
+        names = _READER.get(_READER.load(read_document(index)), "weight_map", dict)
     except (OSError, ValueError) as error:
         raise ValueError(f"{index}: {error}") from error
     for shard in names.values():

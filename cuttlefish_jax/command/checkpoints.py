@@ -14,6 +14,7 @@ import jax
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.errors import mendable, needs
 from cuttlefish_jax.command.torch_names import is_of_torch, to_flax
+from cuttlefish_jax.files import read_document
 from cuttlefish_jax.serving import load_safetensors
 from cuttlefish_jax.training.errors import CheckpointError, UserError, WorkdirError
 
@@ -80,7 +81,7 @@ def read_checkpoint(source: str, plan: str | None = None) -> Checkpoint:
         raise UserError(f"{checkpoint.path} has its plan: --plan {plan} is not needed")
     with mendable():
         try:
-            found = cf.FactorizationPlan.from_json(Path(plan).read_text())
+            found = cf.FactorizationPlan.from_json(read_document(Path(plan)).decode())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {plan}: {error}") from error
         except ValueError as error:
@@ -154,7 +155,7 @@ def read_config(file: Path) -> Any:
     if not file.is_file():
         return None
     try:
-        config: Any = ConfigDict(json.loads(file.read_text()))
+        config: Any = ConfigDict(json.loads(read_document(file)))
         _ = config.model.name, config.data.name
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WorkdirError(f"{file} is not the config.json of a run: {error}") from error

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from cuttlefish_jax.files import read_document
 from cuttlefish_jax.models.layers import check_positive, check_rate, floating
 
 # By the names that a config.json has for them: "gelu" is the exact one, "gelu_new" its tanh approximation.
@@ -313,7 +314,7 @@ def _options_of_config(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_document(path))
     except OSError as error:
         raise ValueError(f"cannot read config_file {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

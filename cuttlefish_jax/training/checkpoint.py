@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from cuttlefish_jax.files import check_memory
 from cuttlefish_jax.training.errors import CheckpointError, StorageError, UserError, storage_errors
 
 _log = logging.getLogger(__name__)
@@ -270,6 +271,7 @@ class Checkpointer:
                 f"cuttlefish_jax reads formats up to {_FORMAT}: update it, or give another --workdir"
             )
         specs: dict[str, dict[str, Any]] = payload["leaves"]
+        check_memory((spec["shape"], spec["dtype"]) for spec in specs.values())
         # Host arrays without memory: orbax then reads to the host, whatever devices were there at the save.
         abstract = {
             name: np.broadcast_to(np.zeros((), spec["dtype"]), spec["shape"]) for name, spec in specs.items()

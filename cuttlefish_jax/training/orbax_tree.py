@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cuttlefish_jax.files import check_memory
 from cuttlefish_jax.training.errors import CheckpointError, UserError, storage_errors
 
 # What every item of arrays has, as orbax's StandardSave and PyTreeSave write it.
@@ -34,6 +35,7 @@ def read_tree(directory: Path) -> Any:
         with storage_errors(item, action="read"), ocp.StandardCheckpointer() as checkpointer:
             # orbax finds nothing behind a relative path, and says so of the restore alone.
             metadata: Any = checkpointer.metadata(item.absolute()).item_metadata
+            check_memory((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(metadata.tree))
             # Host arrays without memory: orbax then reads to the host, whatever devices there were.
             abstract = jax.tree.map(
                 lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), metadata.tree

@@ -15,7 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from cuttlefish_jax.files import replace_file
+from cuttlefish_jax.files import read_document, replace_file
 from cuttlefish_jax.training.errors import WorkdirError, storage_errors
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Workdir:
         file = self.path / name
         with storage_errors(file, action="read"):
             try:
-                return json.loads(file.read_text())
+                return json.loads(read_document(file))
             except FileNotFoundError:
                 return None
             except (ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import cuttlefish_jax as cf
-from cuttlefish_jax import serving
+from cuttlefish_jax import files, serving
 from cuttlefish_jax.command.checkpoints import read_checkpoint
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.errors import CheckpointError, UserError
@@ -94,6 +94,17 @@ def test_orbax_checkpoints_of_others(tmp_path, save, monkeypatch):
 def test_params_are_found_wherever_they_are(tmp_path, tree):
     save_standard(tmp_path / "saved", tree)
     chex.assert_trees_all_equal(read_checkpoint(str(tmp_path / "saved")).params, jax.device_get(PARAMS))
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    save_standard(tmp_path / "saved", PARAMS)
+    (tmp_path / "plan.json").write_text(" " * 200)
+    monkeypatch.setattr(files, "_LARGEST_DOCUMENT", 100)
+    with pytest.raises(UserError, match=r"plan\.json: it has more than 0 MiB, too much for such a document$"):
+        read_checkpoint(str(tmp_path / "saved"), str(tmp_path / "plan.json"))
+    monkeypatch.setattr(files.os, "sysconf", lambda name: 1)
+    with pytest.raises(CheckpointError, match=r"cannot read .*saved \(ValueError: it declares arrays of "):
+        read_checkpoint(str(tmp_path / "saved"))
 
 
 def test_a_plan_in_a_file_of_its_own(network, tmp_path):
