@@ -64,13 +64,13 @@ def main(argv: list[str]) -> int:
         _use_cache(_CACHE.value)
         run(config, _WORKDIR.value or Path("runs") / name)
     except UserError as error:
-        return hosts.leave(_refuse(str(error)))
+        return hosts.leave(_refuse(str(error)), error)
     except Preempted as stopped:
         return stopped.status
-    except BaseException:
+    except BaseException as error:
         if jax.distributed.is_initialized():
             traceback.print_exc()
-            hosts.leave(1)
+            hosts.leave(1, error)
         raise
     return 0
 

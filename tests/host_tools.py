@@ -78,8 +78,9 @@ class TrainingHost:
         self._reader.start()
 
     def _read(self):
-        for line in self.process.stdout:
-            self.lines.append(line)
+        with self.process.stdout as stream:
+            for line in stream:
+                self.lines.append(line)
 
     @property
     def output(self):
@@ -126,4 +127,4 @@ def training_hosts(config, workdir, *arguments, cache, hosts=2, devices=2, other
     finally:
         for host in started:
             host.process.kill()
-            host.process.wait()
+            host.wait()

@@ -30,7 +30,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cuttlefish_jax.files import check_memory
-from cuttlefish_jax.training.errors import CheckpointError, StorageError, UserError, storage_errors
+from cuttlefish_jax.training.errors import (
+    CheckpointError,
+    HostLostError,
+    StorageError,
+    UserError,
+    storage_errors,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -126,8 +132,10 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # To be whole, a save needs all hosts.
+        if kind is None or not issubclass(kind, HostLostError):
+            self.close()
 
     def save(self, step: int, arrays: Any, record: Mapping[str, Any]) -> None:
         """Starts to save; the arrays may be donated or changed as soon as it returns.

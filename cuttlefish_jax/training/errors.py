@@ -36,6 +36,10 @@ class StorageError(UserError):
     """A disk that is full, or a directory that cannot be read or written."""
 
 
+class HostLostError(UserError):
+    """Another host of the run has failed or cannot be reached: nothing that needs it can be waited for."""
+
+
 def check_setting(key: str, value: Any, is_valid: bool, rule: str) -> None:
     """Refuses a setting that makes no sense.
 

@@ -10,16 +10,12 @@ from collections.abc import Iterator
 
 import jax
 
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.training.errors import HostLostError, UserError
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
 # fails waits for others that fail by the same error: together less than the minute of docs/reliability.md.
 _HEARTBEAT_SECONDS = 30
 _PARTING_SECONDS = 10
-
-
-class HostLostError(UserError):
-    """Another host of the run has failed or cannot be reached."""
 
 
 def join(
@@ -88,7 +84,7 @@ def join(
             ) from error
 
 
-def leave(status: int) -> int:
+def leave(status: int, error: BaseException) -> int:
     """Ends a process that has failed and said why; the other hosts end within a minute.
 
     A process that waits for the others at its exit, as JAX has it, would wait for hosts that wait for it. So
@@ -96,6 +92,7 @@ def leave(status: int) -> int:
 
     Args:
       status: the exit status.
+      error: why; for a host that is lost nobody waits.
 
     Returns:
       The status, where there is no other process. Else this function does not return.
@@ -104,23 +101,26 @@ def leave(status: int) -> int:
         return status
     sys.stdout.flush()
     sys.stderr.flush()
-    alone = threading.Timer(_PARTING_SECONDS, os._exit, (status,))
-    alone.daemon = True
-    alone.start()
-    with contextlib.suppress(Exception):
-        jax.distributed.shutdown()
+    if not isinstance(error, HostLostError):
+        alone = threading.Timer(_PARTING_SECONDS, os._exit, (status,))
+        alone.daemon = True
+        alone.start()
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
     os._exit(status)
 
 
 @contextlib.contextmanager
 def lost_hosts() -> Iterator[None]:
-    """Turns what JAX raises when another host's connection breaks into an error that says so.
+    """Turns what JAX raises when the connection to another host breaks into an error that says so.
 
     Raises:
       HostLostError: in place of that error, which becomes its cause.
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         text = str(error)
         # Of gloo, on CPUs; between GPUs or TPUs no error comes, but JAX ends the process.

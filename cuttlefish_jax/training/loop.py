@@ -68,6 +68,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         with (
             Checkpointer(directory.checkpoints, keep=config.checkpoint.keep) as checkpointer,
             Checkpointer(directory.path / "best", keep=1) as best,
+            lost_hosts(),
         ):
             started = _Run(experiment, directory, checkpointer, best)
             with started.notice:
