@@ -1,7 +1,7 @@
 """Time and memory of a train step, full-rank against factorized: how much of the saved FLOPs becomes time.
 
     python benchmarks/step_time.py --config.batch_size=64 [--config configs/resnet18.py:digits] [--ratio 0.25]
-        [--products] [--trace FOLDER] [--json FILE]
+        [--plain] [--products] [--trace FOLDER] [--json FILE]
     python benchmarks/step_time.py --config configs/deit_base.py:digits --config.model.depth=2
 
 Takes the train step that train.py runs for a configuration, on random data, full-rank and with the layers
@@ -14,11 +14,13 @@ Another figure is what the training loop adds: an epoch of train.py's loop again
 A third is the time of the input alone: taking a batch's examples on the device, and their augmentation.
 
 With --trace FOLDER a few steps of each network are recorded there, for Perfetto and TensorBoard.
-With --products a third network has its factors of one pixel as products of matrices and not as convolutions.
+With --plain another network's factors take plain steps, not those of their product, and with --products
+another's factors of one pixel are products of matrices and not convolutions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
@@ -44,6 +46,7 @@ _RATIO = flags.DEFINE_float("ratio", 0.25, "rank as a share of min(m, n)", 0, 1)
 _CLASSES = flags.DEFINE_integer("classes", 10, "length of the network's output", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds; the medians are reported", 1)
 _STEPS = flags.DEFINE_integer("steps", 2, "steps of one network in a round", 1)
+_PLAIN = flags.DEFINE_bool("plain", False, "also with plain steps of the factors")
 _PRODUCTS = flags.DEFINE_bool("products", False, "also with convolutions of one pixel as products")
 _TRACE = flags.DEFINE_string("trace", None, "folder for a recording of some steps")
 _JSON = flags.DEFINE_string("json", None, "write the table to this file too")
@@ -66,6 +69,10 @@ def make_runners(experiment: Experiment, plan: cf.FactorizationPlan) -> dict[str
     with ThreadPoolExecutor() as pool:  # compiles both at once
         both = list(pool.map(made, (experiment.phase(), experiment.phase(plan))))
     networks: dict[str, tuple[Phase, Runner]] = {"full": both[0], "factorized": both[1]}
+    if _PLAIN.value:
+        config = experiment.config.copy_and_resolve_references()
+        config.optimizer.precondition = False
+        networks["plain"] = made(dataclasses.replace(experiment, config=config).phase(plan))
     if _PRODUCTS.value:
         with products():
             networks["products"] = made(experiment.phase(plan))

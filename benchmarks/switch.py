@@ -144,16 +144,14 @@ class Continuations:
 
     def _goes_on(self, name: str, step: Any, eval_step: Any, state: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"losses": [], "tests": [self._test(eval_step, state)]}
-        first, last, seconds = self.config.switch.epoch, self.config.epochs, []
+        first, last = self.config.switch.epoch, self.config.epochs
         around = first + -(-AROUND // self.steps)
         for epoch in range(first, last if name in TO_THE_END else around):
-            start = time.perf_counter()
             state, losses = self.trained(step, state, epoch)
-            seconds.append(time.perf_counter() - start)
             found["losses"] += losses
             if epoch in (first, last - 1):
                 found["tests"].append(self._test(eval_step, state))
-        return found | {"step_seconds": min(seconds[1:]) / self.steps}
+        return found
 
     def _test(self, eval_step: Any, state: Any) -> dict[str, float]:
         return evaluate(eval_step, state.eval_variables, self.experiment.evaluation["test"], ("accuracy",))
@@ -262,7 +260,6 @@ def row(runs: list[dict[str, Any]], way: str) -> dict[str, Any]:
             line["accuracy %"] = f"{100 * accuracy:.2f}" if index == 2 else None
     if way == "carried":
         line["anew"] = statistics.mean(one["recalibrated"]["loss"] for one in ways)
-    line["step ms"] = 1000 * statistics.median(one["step_seconds"] for one in ways)
     return line
 
 
