@@ -71,6 +71,20 @@ def test_full_rank_never_switches(tiny_config, tmp_path):
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.parametrize(("switch_epoch", "phases"), [(0, ["low_rank"]), (1, ["full_rank"])])
+def test_one_epoch_with_an_example_a_device(tiny_config, tmp_path, switch_epoch, phases):
+    """The shortest of runs: low-rank from the first step, or told to switch when all is over."""
+    changes = {"epochs": 1, "batch_size": 8, "switch.epoch": switch_epoch, "plan.rank_rule": "rank_ratio"}
+    # Less than a batch to evaluate on, and examples that fill no batch.
+    changes |= {"data.train_examples": 20, "data.validation_examples": 3, "model.width": 8}
+    summary = run(tiny_config(**changes), tmp_path)
+    assert [line["phase"] for line in read_lines(tmp_path / "metrics.jsonl")] == phases
+    assert summary["switch_epoch"] == (0 if phases == ["low_rank"] else None)
+    assert summary["steps"] == 2
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert round(3 * line["validation_accuracy"], 6).is_integer()
+
+
 @pytest.mark.parametrize("if_never", ["full_rank", "switch"])
 def test_ranks_that_miss_the_deadline(tiny_config, tmp_path, if_never):
     config = tiny_config(

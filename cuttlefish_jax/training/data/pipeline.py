@@ -97,7 +97,9 @@ class TrainInput:
         """
         share = _Share.make(batch_size, process_index, process_count, devices)
         if len(source) < batch_size:
-            raise ValueError(f"{len(source)} training examples are less than one batch of {batch_size}")
+            raise ValueError(
+                f"{len(source)} training examples are less than one batch of {batch_size}: lower it"
+            )
         self.steps_per_epoch = len(source) // batch_size
         self.resident, read_from, sharding = _bring(source, on_device, devices)
         make = functools.partial(_train_batch, read_from, share, len(source), seed, repeats)
