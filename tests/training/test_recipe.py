@@ -29,8 +29,7 @@ def schedule_config(**changes):
 
 def optimizer_config(**changes):
     config = default_config().optimizer
-    config.precondition = False  # what a test is not of, its chain is without
-    config.update(changes)
+    config.update({"precondition": False} | changes)  # what a test is not of, its chain is without
     return config
 
 
