@@ -9,6 +9,14 @@ import pytest
 from cuttlefish_jax.training.preemption import Notice, Preempted
 
 
+@pytest.fixture(autouse=True)
+def foreground():
+    """Ctrl-C as in a terminal: in the background of a shell it is ignored, and these tests may run there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_noted_and_the_handlers_come_back(number, status):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
