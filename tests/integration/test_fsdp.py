@@ -83,6 +83,7 @@ def test_a_run_that_is_stopped_and_goes_on(tiny_config, tmp_path, monkeypatch, w
     assert summary["state_bytes_low"] < 0.6 * whole[0]["state_bytes_low"]
 
 
+@pytest.mark.large
 def test_a_run_on_two_hosts(tiny_config, tmp_path, whole):
     config = tiny_config(parallelism="fsdp", **SETTINGS)
     settings = json.loads(config.to_json())
