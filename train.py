@@ -20,8 +20,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from cuttlefish_jax.errors import UserError
 from cuttlefish_jax.training import hosts
-from cuttlefish_jax.training.errors import UserError
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.preemption import Preempted
 

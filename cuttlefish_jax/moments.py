@@ -20,7 +20,7 @@ from optax import MaskedNode
 
 from cuttlefish_jax.factorize import factor_sides, shape_factors, split_layers
 from cuttlefish_jax.kernels import Kernel, subtree, unboxed
-from cuttlefish_jax.matrices import map_matrices, tensordot
+from cuttlefish_jax.matrices import gram, map_matrices, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 Params = Mapping[str, Any]
@@ -113,17 +113,12 @@ def _pseudo_inverses(rows, plan: FactorizationPlan):
     rows = {path: v.astype(jnp.float32) for path, v in rows.items()}
     # Rows of V that stand for vanishing singular values, or were rounded to bfloat16, are not orthogonal.
     invert = functools.partial(jnp.linalg.pinv, rtol=1e-6, hermitian=True)
-    grams = [_each(_gram_of_rows, plan.kernels[path])(v) for path, v in rows.items()]
+    grams = [_each(lambda v: gram(v, range(1, v.ndim)), plan.kernels[path])(v) for path, v in rows.items()]
     found = zip(rows.items(), map_matrices(invert, grams), strict=True)
     return {
         path: _each(lambda v, inverse: tensordot(v, inverse, ([0], [0])), plan.kernels[path])(v, inverse)
         for (path, v), inverse in found
     }
-
-
-def _gram_of_rows(v):
-    columns = range(1, v.ndim)
-    return tensordot(v, v, (columns, columns))
 
 
 def _each(fn: Callable, kernel: Kernel) -> Callable:

@@ -39,15 +39,15 @@ def precondition_factors(
     It stands behind momentum, which then is one of plain gradients of the factors, and is carried over a
     switch as such. L2 decay of the factors becomes one of the singular values' sum here:
     :func:`frobenius_decay`, also before momentum, is what stays L2 decay of the kernel. Costs are matrix
-    products of ``r x r`` with the factors, ``4 r^2 (m + n)`` multiplications for each layer.
+    products of ``r x r`` with the factors, ``4 r^2 (m + n)`` multiplications for each layer, and some
+    ``60 r^3`` for the inverses.
 
     Args:
       plan: the plan that the params were factorized with.
       damping: added to the Gram matrices, as a share of their mean eigenvalue: singular values far below
         the mean do not get larger steps than that.
       normalized: the updates do not scale with the gradient, as those of Adam or Lion: they are multiplied by
-        the inverse square roots alone, so that the product's step has the norm of
-        the factors' updates.
+        the inverse square roots alone, so that the product's step has the norm of the factors' updates.
       once: count once what both factors move alike, as above; False is the published method, without the
         halves, whose step is up to twice the kernel's. Has no meaning with ``normalized``.
 

@@ -14,9 +14,9 @@ import jax
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.errors import mendable, needs
 from cuttlefish_jax.command.torch_names import is_of_torch, to_flax
+from cuttlefish_jax.errors import CheckpointError, UserError, WorkdirError
 from cuttlefish_jax.files import read_document
 from cuttlefish_jax.serving import load_safetensors
-from cuttlefish_jax.training.errors import CheckpointError, UserError, WorkdirError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.errors import UserError
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.command.checkpoints import read_checkpoint
 from cuttlefish_jax.command.errors import check_output, mendable
 from cuttlefish_jax.command.network import add_network_options, find_network
+from cuttlefish_jax.errors import UserError, storage_errors
 from cuttlefish_jax.files import replace_file
 from cuttlefish_jax.serving import export
-from cuttlefish_jax.training.errors import UserError, storage_errors
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 

@@ -13,8 +13,8 @@ from cuttlefish_jax.command.errors import check_output, mendable
 from cuttlefish_jax.command.network import add_network_options
 from cuttlefish_jax.command.plans import add_plan_options, make_plan, measure
 from cuttlefish_jax.command.table import spectra_table
+from cuttlefish_jax.errors import UserError, storage_errors
 from cuttlefish_jax.serving import save_safetensors
-from cuttlefish_jax.training.errors import UserError, storage_errors
 
 
 def add_factorize_options(parser: argparse.ArgumentParser) -> None:

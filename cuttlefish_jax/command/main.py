@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from cuttlefish_jax.command import export, factorize, inspect
 from cuttlefish_jax.command.tree_kernels import HEURISTICS
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.errors import UserError
 
 _COMMANDS = {
     "inspect": (inspect.add_options, inspect.run, "spectra, stable ranks, and what a plan would save"),

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import cuttlefish_jax as cf
 from cuttlefish_jax.command.checkpoints import Checkpoint, read_config
 from cuttlefish_jax.command.errors import mendable
+from cuttlefish_jax.errors import CheckpointError, UserError
 from cuttlefish_jax.models import MODELS, create_model
-from cuttlefish_jax.training.errors import CheckpointError, UserError
 
 Shape = tuple[int, ...]
 

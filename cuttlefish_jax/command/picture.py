@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from cuttlefish_jax.errors import storage_errors
 from cuttlefish_jax.files import replace_file
-from cuttlefish_jax.training.errors import storage_errors
 
 _KEPT = "#b8bcc2"
 _STABLE = "crimson"

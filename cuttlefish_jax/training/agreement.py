@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.errors import UserError
 
 # Of stable ranks: twice the error that a measurement may have, for hosts that sum in another order.
 RANK_TOLERANCE = 0.02

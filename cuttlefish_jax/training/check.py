@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.errors import ConfigError, check_setting
+from cuttlefish_jax.errors import ConfigError, check_setting
 from cuttlefish_jax.training.method import CRITERIA, METHODS, RANK_RULES, make_method
 from cuttlefish_jax.training.parallelism import PARALLELISMS
 from cuttlefish_jax.training.schedule import AFTER_SWITCH

@@ -29,14 +29,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from cuttlefish_jax.files import check_memory
-from cuttlefish_jax.training.errors import (
+from cuttlefish_jax.errors import (
     CheckpointError,
     HostLostError,
     StorageError,
     UserError,
     storage_errors,
 )
+from cuttlefish_jax.files import check_memory
 
 _log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.errors import ConfigError, UserError
 from cuttlefish_jax.models.pretrained import load_pretrained
 from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.config import Config
 from cuttlefish_jax.training.data import EvalInput, TrainInput
-from cuttlefish_jax.training.errors import ConfigError, UserError
 from cuttlefish_jax.training.method import make_method, plan_from_config
 from cuttlefish_jax.training.network import create_network
 from cuttlefish_jax.training.parallelism import (

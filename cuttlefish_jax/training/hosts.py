@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 
-from cuttlefish_jax.training.errors import HostLostError, UserError
+from cuttlefish_jax.errors import HostLostError, UserError
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
 # fails waits for others that fail by the same error: together less than the minute of docs/reliability.md.

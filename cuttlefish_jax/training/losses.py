@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cuttlefish_jax.training.errors import check_setting
+from cuttlefish_jax.errors import check_setting
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int

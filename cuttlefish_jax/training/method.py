@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.errors import ConfigError
+from cuttlefish_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cuttlefish_jax.training.errors import DivergedError
+from cuttlefish_jax.errors import DivergedError
 from cuttlefish_jax.training.schedule import keep_schedule
 from cuttlefish_jax.training.state import TrainState
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cuttlefish_jax.errors import CheckpointError, UserError, storage_errors
 from cuttlefish_jax.files import check_memory
-from cuttlefish_jax.training.errors import CheckpointError, UserError, storage_errors
 
 # What every item of arrays has, as orbax's StandardSave and PyTreeSave write it.
 _ITEM = "_METADATA"

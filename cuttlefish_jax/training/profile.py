@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.errors import WorkdirError
 from cuttlefish_jax.training.agreement import agreed_outcome, first_hosts_text
-from cuttlefish_jax.training.errors import WorkdirError
 
 if TYPE_CHECKING:
     from cuttlefish_jax.training.experiment import Experiment

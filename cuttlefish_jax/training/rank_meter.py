@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.training.errors import DivergedError
+from cuttlefish_jax.errors import DivergedError
 from cuttlefish_jax.training.parallelism import device_mesh
 from cuttlefish_jax.training.state import TrainState
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.decay import frobenius_decay
+from cuttlefish_jax.errors import ConfigError, check_setting
 from cuttlefish_jax.precondition import precondition_factors
-from cuttlefish_jax.training.errors import ConfigError, check_setting
 
 if TYPE_CHECKING:
     from cuttlefish_jax.plan.plan import FactorizationPlan

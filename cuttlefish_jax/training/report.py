@@ -21,8 +21,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cuttlefish_jax.errors import storage_errors
 from cuttlefish_jax.files import replace_file
-from cuttlefish_jax.training.errors import storage_errors
 
 # More layers than this have a colour scale by depth instead of a legend.
 _MAX_LEGEND = 12

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cuttlefish_jax.training.errors import check_setting
+from cuttlefish_jax.errors import check_setting
 
 # A part of an ml_collections.ConfigDict, of whose values a type checker knows nothing.
 Settings = Any

@@ -15,8 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from cuttlefish_jax.errors import WorkdirError, storage_errors
 from cuttlefish_jax.files import read_document, replace_file
-from cuttlefish_jax.training.errors import WorkdirError, storage_errors
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from flax.training.train_state import TrainState
 import cuttlefish_jax as cf
 from cuttlefish_jax import files, serving
 from cuttlefish_jax.command.checkpoints import read_checkpoint
+from cuttlefish_jax.errors import CheckpointError, UserError
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.errors import CheckpointError, UserError
 from cuttlefish_jax.training.method import make_tracker
 from cuttlefish_jax.training.progress import Progress
 

@@ -6,7 +6,7 @@ import pytest
 from glue_tools import COLUMNS, write_bert, write_task
 
 from configs.bert_glue import get_config
-from cuttlefish_jax.training.errors import ConfigError
+from cuttlefish_jax.errors import ConfigError
 from cuttlefish_jax.training.loop import run
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from safetensors.numpy import save_file
 
 import cuttlefish_jax as cf
 from configs.bert_glue import get_config
+from cuttlefish_jax.errors import ConfigError
 from cuttlefish_jax.models import create_model
 from cuttlefish_jax.models.pretrained.transformers import locate_bert
 from cuttlefish_jax.training import loop
-from cuttlefish_jax.training.errors import ConfigError
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.loop import run
 

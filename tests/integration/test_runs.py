@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.errors import ConfigError, DivergedError, WorkdirError
 from cuttlefish_jax.training import experiment
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.errors import ConfigError, DivergedError, WorkdirError
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.recipe import make_optimizer
 from cuttlefish_jax.training.tasks import load_task

@@ -6,9 +6,9 @@ import os
 import pytest
 from host_tools import run_on_two_hosts
 
+from cuttlefish_jax.errors import ConfigError, HostLostError, UserError
 from cuttlefish_jax.training import hosts
 from cuttlefish_jax.training.agreement import agree, agreed_outcome, describe_difference
-from cuttlefish_jax.training.errors import ConfigError, HostLostError, UserError
 
 NAMES = ["a", "b", "c"]
 RANKS = {"stem": 3.0, "stage1/conv1": [4.0, 5.0]}
@@ -98,7 +98,7 @@ _DISAGREEMENTS = """
     from cuttlefish_jax.training import start
     from cuttlefish_jax.training.agreement import agree, agreed_outcome, first_hosts
     from cuttlefish_jax.training.data import ArraySource, EvalInput, TrainInput
-    from cuttlefish_jax.training.errors import ConfigError, UserError
+    from cuttlefish_jax.errors import ConfigError, UserError
     from cuttlefish_jax.training.experiment import Experiment
     from cuttlefish_jax.training.profile import get_profile
 

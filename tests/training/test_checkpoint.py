@@ -14,8 +14,8 @@ import optax
 import pytest
 from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
 
+from cuttlefish_jax.errors import CheckpointError
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.errors import CheckpointError
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
 from host_tools import run_on_two_hosts
 
+from cuttlefish_jax.errors import StorageError, UserError
 from cuttlefish_jax.training.checkpoint import Checkpointer
-from cuttlefish_jax.training.errors import StorageError, UserError
 
 SMALL_DISK = "4m"  # the size of the fixture of that name
 

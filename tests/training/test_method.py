@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.errors import ConfigError
 from cuttlefish_jax.models import create_model
 from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.config import default_config
-from cuttlefish_jax.training.errors import ConfigError
 from cuttlefish_jax.training.method import (
     METHODS,
     deadline,

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.errors import DivergedError
 from cuttlefish_jax.training.data import ArraySource, TrainInput
 from cuttlefish_jax.training.epoch import EpochTotals, train_epoch
-from cuttlefish_jax.training.errors import DivergedError
 from cuttlefish_jax.training.nonfinite import finite_or_none
 from cuttlefish_jax.training.parallelism import DataParallel, FullySharded
 from cuttlefish_jax.training.progress import Progress

@@ -7,8 +7,8 @@ import pytest
 
 import cuttlefish_jax as cf
 from configs import quickstart
+from cuttlefish_jax.errors import ConfigError, WorkdirError
 from cuttlefish_jax.profiling.kernel_profile import KernelProfile, KernelTiming
-from cuttlefish_jax.training.errors import ConfigError, WorkdirError
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.profile import get_profile

@@ -10,12 +10,12 @@ import optax
 import pytest
 from flax import linen as nn
 
+from cuttlefish_jax.errors import ConfigError
 from cuttlefish_jax.factorize import factorize_params, merge_params
 from cuttlefish_jax.kernels import find_kernels
 from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.switch import carry_opt_state
 from cuttlefish_jax.training.config import default_config
-from cuttlefish_jax.training.errors import ConfigError
 from cuttlefish_jax.training.losses import cross_entropy
 from cuttlefish_jax.training.recipe import make_optimizer
 from cuttlefish_jax.training.schedule import after_switch, make_schedule

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from cuttlefish_jax.training.errors import StorageError
+from cuttlefish_jax.errors import StorageError
 from cuttlefish_jax.training.report import duration, epoch_bar, plot_ranks, progress_line, summary_table
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cuttlefish_jax.errors import StorageError, WorkdirError
 from cuttlefish_jax.training.config import default_config
-from cuttlefish_jax.training.errors import StorageError, WorkdirError
 from cuttlefish_jax.training.workdir import Workdir
 
 SMALL_DISK = "64k"  # the size of the fixture of that name

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cuttlefish_jax.training.errors import UserError
+from cuttlefish_jax.errors import UserError
 
 DAMAGED = "damaged"  # the key under which a source reports them
 

@@ -3,8 +3,8 @@ import logging
 import numpy as np
 import pytest
 
+from cuttlefish_jax.errors import UserError
 from cuttlefish_jax.training.data.damage import DamageLog, DataError
-from cuttlefish_jax.training.errors import UserError
 
 
 def batch(*damaged):

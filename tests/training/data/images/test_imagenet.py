@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from image_records import CMYK, GREY, SCRAMBLED, TRUNCATED, encode, make_records, tone, write_imagenet
 
+from cuttlefish_jax.errors import UserError
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.data import DatasetNotPreparedError, EvalInput, TrainInput
 from cuttlefish_jax.training.data.damage import DataError
 from cuttlefish_jax.training.data.images.augment import EvalTransform, RandAugment, TrainTransform
 from cuttlefish_jax.training.data.images.imagenet import MEAN, EncodedImageSource, load_imagenet, transforms
-from cuttlefish_jax.training.errors import UserError
 
 NUM_TRAIN, NUM_TEST = 20, 6
 

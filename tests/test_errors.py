@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from cuttlefish_jax.training.errors import ConfigError, StorageError, UserError, storage_errors
+from cuttlefish_jax.errors import ConfigError, StorageError, UserError, storage_errors
 
 
 def wrapped(error):
