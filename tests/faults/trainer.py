@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -78,16 +77,20 @@ class Trainer:
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         """A process whose output, errors included, can be read line by line."""
-        return subprocess.Popen(
-            self.command(*more),
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # A shell's background jobs ignore Ctrl-C, and their children with them.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
+        # A shell's background jobs ignore Ctrl-C, and their children with them; but a child does not inherit
+        # a handler. (A function for the child to call would make Python fork, of which JAX's threads warn.)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                self.command(*more),
+                cwd=ROOT,
+                env=self.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def stop_at(
         self, line: str, number: int = signal.SIGKILL, *, after: float = 0.0
