@@ -50,9 +50,26 @@ def read_document(path: Path) -> bytes:
     """
     with path.open("rb") as file:
         content = file.read(_LARGEST_DOCUMENT + 1)
-    if len(content) > _LARGEST_DOCUMENT:
-        raise ValueError(f"it has more than {_LARGEST_DOCUMENT // 2**20} MiB, too much for such a document")
+    _check_size(len(content))
     return content
+
+
+def check_document(path: Path) -> None:
+    """Looks at the size of a JSON document that something else will read.
+
+    Raises:
+      OSError: if there is no such file.
+      ValueError: if it is too large for what it should be.
+    """
+    try:
+        _check_size(path.stat().st_size)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _check_size(size: int) -> None:
+    if size > _LARGEST_DOCUMENT:
+        raise ValueError(f"it has more than {_LARGEST_DOCUMENT // 2**20} MiB, too much for such a document")
 
 
 def check_memory(arrays: Iterable[tuple[Sequence[int], str]]) -> None:

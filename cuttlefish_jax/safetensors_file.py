@@ -127,6 +127,14 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has files such as :func:`files_of` takes, or refuses for being pickles."""
+    return any(
+        path.suffix in _PICKLES or path.suffix == ".safetensors" or path.name == INDEX
+        for path in folder.iterdir()
+    )
+
+
 def _refuse_pickle(path: Path) -> None:
     if path.suffix in _PICKLES:
         raise ValueError(

@@ -16,6 +16,7 @@ from cuttlefish_jax.command.errors import mendable, needs
 from cuttlefish_jax.command.torch_names import is_of_torch, to_flax
 from cuttlefish_jax.errors import CheckpointError, UserError, WorkdirError
 from cuttlefish_jax.files import read_document
+from cuttlefish_jax.safetensors_file import has_weights
 from cuttlefish_jax.serving import load_safetensors
 
 
@@ -100,7 +101,7 @@ def _read(path: Path) -> Checkpoint:
         return _read_run(path)
     if path.is_dir() and (path / "record").is_dir() and _is_ours(path.parent):
         raise UserError(f"{path} is one of several checkpoints: give {path.parent}, its last one is read")
-    if path.is_dir() and not list(path.glob("*.safetensors*")):
+    if path.is_dir() and not has_weights(path):
         return _read_orbax(path)
     with mendable():
         tree, plan = load_safetensors(path)

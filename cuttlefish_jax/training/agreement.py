@@ -91,6 +91,13 @@ def first_hosts(arrays: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(arrays)
 
 
+def smallest_of_hosts(value: int) -> int:
+    """The smallest value of all hosts, so that all of them take the same decision."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
+
+
 def first_hosts_text(text: str) -> str:
     """The first host's text; what the other hosts pass is not looked at."""
     return _gather(text)[0]

@@ -37,6 +37,8 @@ from cuttlefish_jax.errors import (
     storage_errors,
 )
 from cuttlefish_jax.files import check_memory
+from cuttlefish_jax.training.agreement import smallest_of_hosts
+from cuttlefish_jax.training.untrusted import check_files, declared_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -218,10 +220,10 @@ class Checkpointer:
         with storage_errors(self.directory, action="read"):
             candidates = self._candidates()
         damages = []
-        while (rank := _agreed(max(candidates, default=-1))) >= 0:
+        while (rank := smallest_of_hosts(max(candidates, default=-1))) >= 0:
             directory = candidates.get(rank, self.directory / str(rank // 2))
             damage, restored = self._read(directory)
-            if _agreed(int(restored is not None)) and restored is not None:
+            if smallest_of_hosts(int(restored is not None)) and restored is not None:
                 return restored
             damages.append(f"{directory.name}: {damage or 'another host found it damaged'}")
             _log.warning("passing over a damaged checkpoint, %s/%s", self.directory, damages[-1])
@@ -268,6 +270,7 @@ class Checkpointer:
     def _verified(self, directory: Path) -> Restored:
         if not ocp.utils.is_checkpoint_finalized(directory):
             raise _DamagedError("it was never finished, or is half deleted")
+        check_files(directory)
         record_args = ocp.args.Composite(record=ocp.args.JsonRestore())
         payload = self._orbax.restore(directory, args=record_args)["record"]
         stated = payload.pop("sha256")
@@ -280,6 +283,7 @@ class Checkpointer:
             )
         specs: dict[str, dict[str, Any]] = payload["leaves"]
         check_memory((spec["shape"], spec["dtype"]) for spec in specs.values())
+        declared_arrays(directory / "arrays")
         # Host arrays without memory: orbax then reads to the host, whatever devices were there at the save.
         abstract = {
             name: np.broadcast_to(np.zeros((), spec["dtype"]), spec["shape"]) for name, spec in specs.items()
@@ -385,13 +389,6 @@ def _key_data_shape(leaf: Any) -> tuple[int, ...]:
 
 def _describe(shape: tuple[int, ...], dtype: Any) -> str:
     return f"{dtype}[{', '.join(map(str, shape))}]"
-
-
-def _agreed(value: int) -> int:
-    """The smallest value of all hosts, so that all of them take the same decision."""
-    if jax.process_count() == 1:
-        return value
-    return int(np.min(multihost_utils.process_allgather(np.asarray(value, np.int32))))
 
 
 def _barrier(name: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cuttlefish_jax.errors import CheckpointError, UserError, storage_errors
-from cuttlefish_jax.files import check_memory
+from cuttlefish_jax.training.untrusted import check_files, declared_arrays
 
 # What every item of arrays has, as orbax's StandardSave and PyTreeSave write it.
 _ITEM = "_METADATA"
@@ -33,12 +33,10 @@ def read_tree(directory: Path) -> Any:
     item = _find_item(directory)
     try:
         with storage_errors(item, action="read"), ocp.StandardCheckpointer() as checkpointer:
-            # orbax finds nothing behind a relative path, and says so of the restore alone.
-            metadata: Any = checkpointer.metadata(item.absolute()).item_metadata
-            check_memory((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(metadata.tree))
+            check_files(item)
             # Host arrays without memory: orbax then reads to the host, whatever devices there were.
             abstract = jax.tree.map(
-                lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), metadata.tree
+                lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), declared_arrays(item)
             )
             return checkpointer.restore(item.absolute(), abstract)
     except UserError:

@@ -10,6 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax.training.train_state import TrainState
+from hostile_tools import make_huge
 
 import cuttlefish_jax as cf
 from cuttlefish_jax import files, serving
@@ -98,9 +99,11 @@ def test_params_are_found_wherever_they_are(tmp_path, tree):
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
     save_standard(tmp_path / "saved", PARAMS)
-    (tmp_path / "plan.json").write_text(" " * 200)
-    monkeypatch.setattr(files, "_LARGEST_DOCUMENT", 100)
-    with pytest.raises(UserError, match=r"plan\.json: it has more than 0 MiB, too much for such a document$"):
+    (tmp_path / "plan.json").touch()
+    make_huge(tmp_path / "plan.json")
+    with pytest.raises(
+        UserError, match=r"plan\.json: it has more than 64 MiB, too much for such a document$"
+    ):
         read_checkpoint(str(tmp_path / "saved"), str(tmp_path / "plan.json"))
     monkeypatch.setattr(files.os, "sysconf", lambda name: 1)
     with pytest.raises(CheckpointError, match=r"cannot read .*saved \(ValueError: it declares arrays of "):
