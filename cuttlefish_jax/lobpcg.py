@@ -43,6 +43,9 @@ BLOCK = 4
 # measured in training are about a tenth of it (benchmarks/rank_estimation.py).
 TOLERANCE = 1e-2
 MAX_ROUNDS = 20
+# Where there are so few dimensions, a random block may have nearly all of a singular vector in it that is not
+# the first, and then seems to be done. Such matrices have at least one round, which costs next to nothing.
+_TINY = 4 * BLOCK
 # How much of every vector but the first is new at the next start: what none of them has must get in.
 _FRESH = 0.01
 # A direction of which all but this share (squared) is in the others is left out: it would be mostly rounding.
@@ -176,20 +179,23 @@ class _Progress(NamedTuple):
       second: the second largest.
       residual: the norm of the residual of the first Ritz vector.
       rounds: how many there were.
+      least: how many there have to be.
     """
 
     value: Numbers
     second: Numbers
     residual: Numbers
     rounds: Numbers
+    least: Numbers
 
     @property
     def is_active(self) -> Bool[Array, " matrices"]:
-        """Whether another round is due: the bound on the relative error of the value is too large."""
+        """Whether another round is due: the bound on the relative error is too large, or there was none."""
         # Kato-Temple, with the second Ritz value in the place of the second eigenvalue.
         gap = jnp.maximum(self.value - self.second, jnp.finfo(jnp.float32).tiny)
         error = self.residual * jnp.minimum(1, self.residual / gap)
-        return (error > TOLERANCE * self.value) & (self.rounds < MAX_ROUNDS)
+        is_far = (error > TOLERANCE * self.value) | (self.rounds < self.least)
+        return is_far & (self.rounds < MAX_ROUNDS)
 
     @property
     def eigenvalue(self) -> Numbers:
@@ -209,6 +215,7 @@ def _improve(
     forms = jnp.concatenate([_einsum("kis,kjs->kij", s, a_s) for s, a_s in spaces])
     found, value, second = _rayleigh_ritz(grams, forms)
     rounds = jnp.zeros(len(value), jnp.int32)
+    least = jnp.concatenate([jnp.full(len(s), s.shape[-1] <= _TINY, jnp.int32) for s, _ in spaces])
     if before is not None:
         active = before.is_active
         found = jnp.where(active[:, None, None], found, np.eye(*found.shape[1:], dtype=np.float32))
@@ -223,7 +230,7 @@ def _improve(
         residuals, norms = _unit_rows(ax - _einsum("kbc,kcs->kbs", inside, x))
         blocks.append(_Block(x, ax, residuals, change, a_change))
         residual.append(norms[:, 0])
-    return blocks, _Progress(value, second, jnp.concatenate(residual), rounds)
+    return blocks, _Progress(value, second, jnp.concatenate(residual), rounds, least)
 
 
 def _next_start(block: _Block, value: Numbers) -> Rows:

@@ -178,6 +178,23 @@ def test_degenerate_matrices():
         assert all(np.isfinite(value).all() for value in vectors.values())
 
 
+def test_no_start_is_taken_for_the_end_where_dimensions_are_few():
+    """Four random vectors in seven dimensions may have all of the second singular vector in them."""
+    rng = np.random.default_rng(1)
+    arrays, expected = {}, {}
+    for size in (5, 6, 7, 8, 10, 12, 16):
+        for rest in ((0.9, 0.9), (0.9, 0.9, 0.9), (0.9, 0.8), (0.95,), (0.95, 0.95, 0.95, 0.95)):
+            sigmas = np.pad(np.array([1.0, *rest]), (0, size - len(rest) - 1))
+            left, right = (np.linalg.qr(rng.standard_normal((500, size, size)))[0] for _ in range(2))
+            path = f"{size} {rest}"
+            arrays[path] = ((left * sigmas[None, None]) @ right).astype(np.float32)
+            expected[path] = np.full(500, np.sum(sigmas**2))
+    kernels = Kernels(tuple(dense(path, *array.shape) for path, array in arrays.items()))
+    ranks, _ = warm_stable_ranks(tree(arrays), kernels, initial_vectors(kernels))
+    for path, rank in ranks.items():
+        np.testing.assert_allclose(rank, expected[path], rtol=0.02, err_msg=path)
+
+
 @pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )

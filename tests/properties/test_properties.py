@@ -67,10 +67,8 @@ def test_spectra_are_those_of_float64(seed, spectrum, scale, dtype):
         assert 1 - 1e-5 <= exact[path] <= np.linalg.matrix_rank(matrix) * (1 + 1e-5)
         np.testing.assert_allclose(exact[path], expected, rtol=1e-4)
         np.testing.assert_allclose(lanczos[path], expected, rtol=1e-3)
-        # Never too low. It may be too high where the start vectors have next to nothing of the first singular
-        # vector, and its value is a single one (one matrix of a thousand here); but not the next time.
-        assert expected * (1 - 1e-4) <= min(warm[path], again[path])
-        assert again[path] <= expected * 1.02
+        assert expected * (1 - 1e-4) <= min(warm[path], again[path])  # never too low
+        assert max(warm[path], again[path]) <= expected * 1.02
         np.testing.assert_allclose(sigmas[path], true, rtol=1e-3, atol=2 * GRAM * true[0])
         held = np.cumsum(true)[int(ranks[path]) - 1] / np.sum(true)
         assert held >= 0.8 - 2e-3 and 1 <= ranks[path] <= KERNELS[path].max_rank
