@@ -105,6 +105,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS)[:-1], choices=list(NETWORKS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--control", action="store_true", help="with one layer factorized: see above")
     parser.add_argument("--weights", help="a folder with pre-trained weights of the BERT family")
     parser.add_argument("--data_dir", default="", help="where the prepared GLUE is")
@@ -119,7 +120,7 @@ if __name__ == "__main__":
         parser.error(f"--control is of {' and '.join(CONTROL)} alone")
     rows = []
     for network in arguments.networks:
-        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments.ways}
         for seed in range(arguments.seeds):
             for way, found in runs.items():
                 found.append(train(network, way, seed, places, arguments.control))

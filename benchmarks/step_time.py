@@ -39,7 +39,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.training.data import materialize
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.method import plan_from_config
-from cuttlefish_jax.training.tasks import AXIS
+from cuttlefish_jax.training.parallelism import AXIS
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/resnet18.py:digits")
 _RATIO = flags.DEFINE_float("ratio", 0.25, "rank as a share of min(m, n)", 0, 1)
