@@ -6,10 +6,11 @@
 Trains on Fashion-MNIST with every method and seed, in turn, each run a process of train.py of its own.
 ``cuttlefish`` has the ranks of the paper's rule, which for a ViT is the larger of scaled stable and
 accumulative rank; ``scaled`` has scaled stable ranks alone, and ``budget`` as many parameters as --budget
-allows. The accuracy to reach is the mean of the full-rank network's last three test accuracies with the same seed, and "s
-to accuracy" the end of the first evaluated epoch that reaches it, or comes within 0.3 points of it. Time is
-that of training, of measuring ranks and layers, and of the switch, without compilation, evaluation and the
-writing of checkpoints. "stall s" is what the run waited for at the switch, compiling included.
+allows. The accuracy to reach is the mean of the full-rank network's last three test accuracies with the same
+seed, and "s to accuracy" the end of the first evaluated epoch that reaches it, or comes within 0.3 points of
+it. Time is that of training, of measuring ranks and layers, and of the switch, without compilation,
+evaluation and the writing of checkpoints. "stall s" is what the run waited for at the switch, compiling
+included.
 
 The table is written anew after every run. Runs that are finished in --out are not run again. What follows
 ``--`` goes to every run.

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.factor_updates import transform_factors
+from cuttlefish_jax.matrices import matmul
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     from cuttlefish_jax.factor_updates import Pairs
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.GradientTransformation:
@@ -69,4 +65,4 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
 def _gradients(
     u: Float[Array, "*stack m r"], v: Float[Array, "*stack r n"]
 ) -> tuple[Float[Array, "*stack m r"], Float[Array, "*stack r n"]]:
-    return _matmul(u, _matmul(v, v.mT)), _matmul(_matmul(u.mT, u), v)
+    return matmul(u, matmul(v, v.mT)), matmul(matmul(u.mT, u), v)

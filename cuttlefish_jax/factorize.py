@@ -27,7 +27,7 @@ from cuttlefish_jax.kernels import (
     subtree,
     unboxed,
 )
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, tensordot
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, matmul, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     Params = Mapping[str, Any]
     U = Float[Array, "*stack m r"]
     V = Float[Array, "*stack r n"]
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.singledispatch
@@ -137,7 +135,7 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     merged = _copy(params)
     for path, (u, v) in factor_matrices(params, plan).items():
         kernel = plan.kernels[path]
-        matrix = _matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
+        matrix = matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
         layer = subtree(params, path)
         u_box, v_box = layer["u"][kernel.param], layer["v"]["kernel"]
         names = kernel.names_of(u_box.names, v_box.names) if is_box(u_box) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from cuttlefish_jax.matrices import matmul
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def inverse_roots(
@@ -84,8 +83,8 @@ def _newton_schulz(matrices: Float[Array, "k p p"], least: float) -> Float[Array
 
     def step(pair: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         root, inverse = pair
-        change = 0.5 * scale * (3 * eye - scale**2 * _matmul(inverse, root))
-        return (_matmul(root, change), _matmul(change, inverse)), None
+        change = 0.5 * scale * (3 * eye - scale**2 * matmul(inverse, root))
+        return (matmul(root, change), matmul(change, inverse)), None
 
     scales = jnp.asarray(_scales(math.sqrt(least), float(jnp.finfo(matrices.dtype).eps)), matrices.dtype)
     start = matrices, jnp.broadcast_to(eye, matrices.shape)

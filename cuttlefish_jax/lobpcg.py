@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel
-from cuttlefish_jax.matrices import LARGEST_DIVISOR
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, einsum
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -52,8 +51,6 @@ _FRESH = 0.01
 _INDEPENDENT = 1e-3
 # Kernels of one shape with no more entries are stacked: copying takes less time than the operations saved.
 _SMALL = 2**16
-
-_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def start_block(size: int) -> np.ndarray:
@@ -211,8 +208,8 @@ def _improve(
 
     A matrix that was done ``before`` keeps its block, the first rows of its space.
     """
-    grams = jnp.concatenate([_einsum("kis,kjs->kij", s, s) for s, _ in spaces])
-    forms = jnp.concatenate([_einsum("kis,kjs->kij", s, a_s) for s, a_s in spaces])
+    grams = jnp.concatenate([einsum("kis,kjs->kij", s, s) for s, _ in spaces])
+    forms = jnp.concatenate([einsum("kis,kjs->kij", s, a_s) for s, a_s in spaces])
     found, value, second = _rayleigh_ritz(grams, forms)
     rounds = jnp.zeros(len(value), jnp.int32)
     least = jnp.concatenate([jnp.full(len(s), s.shape[-1] <= _TINY, jnp.int32) for s, _ in spaces])
@@ -224,10 +221,10 @@ def _improve(
         rounds = before.rounds + active
     blocks, residual = [], []
     for (s, a_s), coefficients in zip(spaces, sizes.split(found), strict=True):
-        x, change = jnp.split(_einsum("kib,kis->kbs", coefficients, s), 2, 1)
-        ax, a_change = jnp.split(_einsum("kib,kis->kbs", coefficients, a_s), 2, 1)
-        inside = _einsum("kbs,kcs->kbc", ax, x)
-        residuals, norms = _unit_rows(ax - _einsum("kbc,kcs->kbs", inside, x))
+        x, change = jnp.split(einsum("kib,kis->kbs", coefficients, s), 2, 1)
+        ax, a_change = jnp.split(einsum("kib,kis->kbs", coefficients, a_s), 2, 1)
+        inside = einsum("kbs,kcs->kbc", ax, x)
+        residuals, norms = _unit_rows(ax - einsum("kbc,kcs->kbs", inside, x))
         blocks.append(_Block(x, ax, residuals, change, a_change))
         residual.append(norms[:, 0])
     return blocks, _Progress(value, second, jnp.concatenate(residual), rounds, least)
@@ -261,12 +258,12 @@ def _rayleigh_ritz(
     # (see matrices.py), and on a GPU each would take as long as all.
     shares, basis = jnp.linalg.eigh(gram)
     whiten = basis * jnp.where(shares > _INDEPENDENT, shares, jnp.inf)[:, None] ** -0.5
-    values, vectors = jnp.linalg.eigh(_einsum("kia,kij,kjb->kab", whiten, form, whiten))
-    ritz = _einsum("kia,kab->kib", whiten, vectors[..., : -BLOCK - 1 : -1])
+    values, vectors = jnp.linalg.eigh(einsum("kia,kij,kjb->kab", whiten, form, whiten))
+    ritz = einsum("kia,kab->kib", whiten, vectors[..., : -BLOCK - 1 : -1])
     # The part that is not of the first vectors, orthogonal to the Ritz vectors.
     change = ritz.at[:, :BLOCK].set(0)
-    change -= _einsum("kia,kja,kjl,klb->kib", ritz, ritz, gram, change)
-    norms = jnp.sqrt(jnp.maximum(_einsum("kib,kij,kjb->kb", change, gram, change), 0))[:, None]
+    change -= einsum("kia,kja,kjl,klb->kib", ritz, ritz, gram, change)
+    norms = jnp.sqrt(jnp.maximum(einsum("kib,kij,kjb->kb", change, gram, change), 0))[:, None]
     change = jnp.where(norms > _INDEPENDENT, change / norms, 0)
     return jnp.concatenate([ritz, change], -1), values[:, -1], values[:, -2]
 

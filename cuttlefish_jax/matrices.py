@@ -1,7 +1,8 @@
-"""Applies a function to many matrices in one program: traced once for each shape, one matrix at a time."""
+"""Products in full precision, and functions of many matrices in one program: traced once for each shape."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 # Of float32. Compilers divide by a number by multiplying with its reciprocal, taken for zero where that
 # is subnormal. Entries that are divided by no more than this are still below 4.
 LARGEST_DIVISOR = 2.0**126
+
+
+# In full precision, which products of float32 do not have everywhere.
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def tensordot(a: Array, b: Array, axes: int | tuple[Sequence[int], Sequence[int]]) -> Array:

@@ -2,23 +2,20 @@ r"""Preconditioned factors: the product takes the step that the kernel would tak
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.inverse_roots import inverse_roots
+from cuttlefish_jax.matrices import matmul
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     from cuttlefish_jax.factor_updates import Pairs
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def precondition_factors(
@@ -85,14 +82,14 @@ def precondition_factors(
         roots = iter(inverse_roots(grams, damping=damping))
         changed = {}
         for path, (u, v) in factors.items():
-            of_u, of_v = (root if normalized else _matmul(root, root) for root in (next(roots), next(roots)))
+            of_u, of_v = (root if normalized else matmul(root, root) for root in (next(roots), next(roots)))
             g_u, g_v = (update.astype(of_u.dtype) for update in updates[path])
             if once and not normalized:
                 g_u, g_v = (
-                    g_u - 0.5 * _matmul(u, _matmul(of_u, _matmul(u.mT, g_u))),
-                    g_v - 0.5 * _matmul(_matmul(_matmul(g_v, v.mT), of_v), v),
+                    g_u - 0.5 * matmul(u, matmul(of_u, matmul(u.mT, g_u))),
+                    g_v - 0.5 * matmul(matmul(matmul(g_v, v.mT), of_v), v),
                 )
-            changed[path] = _matmul(g_u, of_v), _matmul(of_u, g_v)
+            changed[path] = matmul(g_u, of_v), matmul(of_u, g_v)
         return changed
 
     return transform_factors("precondition_factors", plan, change)
@@ -100,4 +97,4 @@ def precondition_factors(
 
 def _gram(v: Float[Array, "*stack r n"]) -> Float[Array, "*stack r r"]:
     v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    return _matmul(v, v.mT)
+    return matmul(v, v.mT)

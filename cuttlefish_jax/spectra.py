@@ -23,7 +23,7 @@ import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_sides, subtree, unboxed
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, tensordot
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, matmul, tensordot
 from cuttlefish_jax.params import unwrap
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 # Enough for 99 % of Gaussian matrices, the slowest to converge, to come out within 1 %; 20 are not.
 LANCZOS_STEPS = 32
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def stable_ranks(
@@ -357,9 +355,9 @@ def _largest_gram_eigenvalue(matrix: Float[Array, "*m *n"], rows: int) -> Float[
         else:
             half = tensordot(matrix, q.reshape(matrix.shape[rows:]), columns)
             w = jnp.ravel(tensordot(half, matrix, rows))
-        alpha = _matmul(q, w)
+        alpha = matmul(q, w)
         for _ in range(2):  # once leaves the noise of cancellation behind; twice is enough
-            w = w - _matmul(_matmul(basis, w), basis)
+            w = w - matmul(matmul(basis, w), basis)
         alphas = alphas.at[j].set(alpha)
         beta = jnp.linalg.norm(w)
         # A beta of the size of rounding: the space is exhausted (few distinct singular values), its estimate

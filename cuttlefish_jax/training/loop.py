@@ -119,6 +119,7 @@ class _Run:
                 metrics = self._train(epoch)
                 self._track(epoch + 1)
                 self._look_ahead(epoch + 1)
+                progress.seconds["background"] += self.switcher.background_seconds()
                 self._log(epoch, metrics)
                 progress.epoch, progress.totals = epoch + 1, EpochTotals()
                 if self._is_due(epoch + 1, config.checkpoint.every_epochs):
@@ -230,8 +231,9 @@ class _Run:
         self.directory.write_json("plan.json", json.loads(plan.to_json()))
         stall = time.perf_counter() - start
         progress.seconds["stall"] += stall
-        progress.seconds["background" if was_ahead else "compile"] += low.seconds
-        progress.seconds["switch"] += stall - (0 if was_ahead else low.seconds)
+        waited = 0.0 if was_ahead else low.seconds
+        progress.seconds["compile"] += waited
+        progress.seconds["switch"] += stall - waited
 
     def _train(self, epoch: int) -> dict[str, Any]:
         """Trains for an epoch and evaluates; the epoch's line of ``metrics.jsonl``."""

@@ -7,6 +7,7 @@ there. What is compiled when never changes a number of the run: the foreseen pla
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Switcher:
         self._experiment = experiment
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[cf.FactorizationPlan, int], Future[LowRank]] | None = None
+        self._done: collections.deque[float] = collections.deque()
 
     def compile_ahead(self, plan: cf.FactorizationPlan, epoch: int, full: Phase, state: TrainState) -> None:
         """Starts to compile the phase of a plan that begins with an epoch, in place of any other.
@@ -65,7 +67,7 @@ class Switcher:
             self._ahead[1].cancel()  # unless it is at work already; then its programs are for nothing
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile-ahead")
-        started = self._thread.submit(self._compile, plan, epoch, _inputs(full), abstract(state))
+        started = self._thread.submit(self._compile_behind, plan, epoch, _inputs(full), abstract(state))
         self._ahead = key, started
 
     def get(
@@ -85,6 +87,10 @@ class Switcher:
             self._ahead[1].cancel()
         return self._compile(plan, epoch, _inputs(full), abstract(state)), False
 
+    def background_seconds(self) -> float:
+        """How long what was compiled in the background since the last call took, needed or not."""
+        return sum(self._done.popleft() for _ in range(len(self._done)))
+
     def close(self) -> None:
         """Forgets what has not begun. What is being compiled cannot be stopped: the process ends after it."""
         if self._thread is not None:
@@ -95,6 +101,11 @@ class Switcher:
         switch = self._experiment.config.switch
         is_fixed = switch.learning_rate == "continue" and switch.learning_rate_factor == 1
         return plan, 0 if is_fixed else epoch
+
+    def _compile_behind(self, *args: Any) -> LowRank:
+        low = self._compile(*args)
+        self._done.append(low.seconds)
+        return low
 
     def _compile(
         self, plan: cf.FactorizationPlan, epoch: int, inputs: tuple[Sequence, Sequence], state: TrainState

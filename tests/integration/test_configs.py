@@ -56,7 +56,8 @@ def some(names, *, large):
     return [pytest.param(name, marks=[pytest.mark.large] if name in large else []) for name in names]
 
 
-@pytest.mark.parametrize("name", some(NETWORKS, large={"wide_resnet50_2"}))
+# Of the large ones here, the recipes are in test_imagenet_runs.py.
+@pytest.mark.parametrize("name", some(NETWORKS, large={"wide_resnet50_2", "resnet50", "deit_base"}))
 def test_small_images(name, tmp_path):
     config = small(name, "digits", **NETWORKS[name])
     summary = run(config, tmp_path)

@@ -65,7 +65,9 @@ def compare(workdir, summary, whole):
         np.testing.assert_allclose(arrays[name], array, rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-def test_a_run_that_is_stopped_and_goes_on(tiny_config, tmp_path, monkeypatch, whole):
+def stopped_and_gone_on(before, after, workdir, monkeypatch):
+    """The summary of a run that stops in its low-rank phase; it goes on from the checkpoint before that."""
+
     def stops(self, epochs_trained):
         if epochs_trained == 3:
             raise KeyboardInterrupt
@@ -75,12 +77,25 @@ def test_a_run_that_is_stopped_and_goes_on(tiny_config, tmp_path, monkeypatch, w
     with monkeypatch.context() as patch:
         patch.setattr(loop._Run, "_track", stops)
         with pytest.raises(KeyboardInterrupt):
-            loop.run(tiny_config(parallelism="fsdp", **SETTINGS), tmp_path)
-    # In the low-rank phase, from its first checkpoint that was made before.
-    summary = loop.run(tiny_config(parallelism="fsdp", **SETTINGS), tmp_path)
+            loop.run(before, workdir)
+    return loop.run(after, workdir)
+
+
+def test_a_run_that_is_stopped_and_goes_on(tiny_config, tmp_path, monkeypatch, whole):
+    config = tiny_config(parallelism="fsdp", **SETTINGS)
+    summary = stopped_and_gone_on(config, config, tmp_path, monkeypatch)
     compare(tmp_path, summary, whole)
     assert summary["state_bytes_full"] < 0.5 * whole[0]["state_bytes_full"]
     assert summary["state_bytes_low"] < 0.6 * whole[0]["state_bytes_low"]
+
+
+@pytest.mark.parametrize("names", [("pmap", "fsdp"), ("fsdp", "pmap")])
+def test_a_run_that_goes_on_the_other_way(names, tiny_config, tmp_path, monkeypatch, whole):
+    before, after = (tiny_config(parallelism=name, **SETTINGS) for name in names)
+    summary = stopped_and_gone_on(before, after, tmp_path, monkeypatch)
+    compare(tmp_path, summary, whole)
+    # Half of the run had it whole.
+    assert (summary["state_bytes_low"] < 0.6 * whole[0]["state_bytes_low"]) == (names[1] == "fsdp")
 
 
 @pytest.mark.large
