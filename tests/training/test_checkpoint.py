@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import optax
 import pytest
 from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
 
-from cuttlefish_jax.errors import CheckpointError
+from cuttlefish_jax.errors import CheckpointError, StorageError
 from cuttlefish_jax.training.checkpoint import Checkpointer
 
 
@@ -91,6 +92,20 @@ def test_a_checkpoint_set_aside_counts_until_its_successor_is_whole(tmp_path):
     assert_same_bits(restore(tmp_path).into(make_state(2)), make_state(2))
     save_all(tmp_path, [2])
     assert names(tmp_path) == ["2"]
+
+
+def test_a_save_over_a_checkpoint_that_fails_leaves_that_one(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_all(tmp_path, [1])
+    with Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(checkpointer._orbax, "save", fails)
+        with pytest.raises(StorageError, match="no space left on the disk"):
+            checkpointer.save(1, make_state(5), {"epoch": 5})
+    restored = restore(tmp_path)
+    assert restored.record == {"epoch": 1}
+    assert_same_bits(restored.into(make_state(0)), make_state(1))
 
 
 @pytest.mark.parametrize("keep", [0, -1])

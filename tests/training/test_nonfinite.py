@@ -24,9 +24,15 @@ from cuttlefish_jax.training.step import make_train_step
 from cuttlefish_jax.training.tasks import Task
 
 NUM, BATCH = 64, 16
-# What is wrong with one example's features: the loss is NaN; the loss is finite and its gradient is not (the
-# root of nothing); both are finite, and the square of the gradient, in Adam's second moment, is not.
-FAULTS = {"loss": np.nan, "gradient": 0.0, "overflow": 1e25}
+# What is wrong with some of one example's features: the loss is NaN; the loss is finite and its gradient is
+# not (the root of nothing); both are finite, and the square of the gradient, in Adam's second moment, is not;
+# all these are, and the running variance is not.
+FAULTS = {
+    "loss": (slice(None), np.nan),
+    "gradient": (slice(None), 0.0),
+    "second moment": (slice(1, None), 1e22),
+    "statistics": (0, 1e12),
+}
 
 
 class Net(nn.Module):
@@ -35,13 +41,15 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         y = nn.Dense(256, use_bias=False)(x)
-        nn.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False)(y)
+        seen = jnp.concatenate([1e-4 * y, 1e10 * x[:, :1]], axis=-1)
+        nn.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False)(seen)
         return y
 
 
 def source(fault):
     features = np.random.default_rng(0).normal(size=(NUM, 5)).astype(np.float32)
-    features[NUM // 2] = FAULTS[fault]
+    columns, value = FAULTS[fault]
+    features[NUM // 2, columns] = value
     return ArraySource({"features": features, "label": np.zeros(NUM, np.int32)})
 
 
@@ -84,7 +92,8 @@ def is_bad(batch):
         ("loss", {"accumulation_steps": 2}),
         ("loss", {"parallelism": "fsdp"}),
         ("gradient", {}),
-        ("overflow", {"parallelism": "fsdp"}),
+        ("second moment", {"parallelism": "fsdp"}),
+        ("statistics", {}),
     ],
 )
 def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedule(fault, options):
@@ -107,7 +116,8 @@ def test_a_skipped_step_changes_nothing_but_its_number_and_the_schedule(fault, o
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"), [("loss", "the loss is nan"), ("gradient", "a gradient"), ("overflow", "a gradient")]
+    ("fault", "what"),
+    [("loss", "the loss is nan"), *((fault, "a gradient") for fault in list(FAULTS)[1:])],
 )
 def test_an_epoch_with_a_bad_step_stops(fault, what):
     step, state, data = setup(fault, skip=False)
@@ -134,10 +144,11 @@ def test_an_epoch_skips_a_bad_step_and_says_so_once(pause):
         for pauses in [lambda steps: steps == pause] * (2 if pause else 1):
             # By way of the JSON of a checkpoint.
             totals = EpochTotals(**json.loads(json.dumps(dataclasses.asdict(totals))))
+            totals = dataclasses.replace(totals, seconds=totals.seconds + 1000)
             again, totals = train_epoch(step, again, data, 0, so_far=totals, max_skipped=1, pauses=pauses)
     assert len(said) == 1
     assert totals.means.items() >= {"train_loss": sum(losses) / 3, "train_skipped_steps": 1}.items()
-    assert totals.steps == 4
+    assert totals.steps == 4 and totals.seconds > (2000 if pause else 1000)
     chex.assert_trees_all_equal(state.params, again.params)
 
 
