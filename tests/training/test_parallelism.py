@@ -209,6 +209,26 @@ def test_what_the_optimizer_remembers_is_split_like_the_params(task):
     assert shardings.step.spec == shardings.key.spec == P()
 
 
+def test_whole_parameters_are_forgotten_between_the_passes(task):
+    """They are gathered once more for the gradient, and not kept for it; neither is a cast one."""
+    params = jax.eval_shape(functools.partial(create_params, Network(), task.inputs))
+    layout = layout_of("fsdp", Network(), task)
+    split = sum(AXIS in spec for spec in jax.tree.leaves(layout.specs, is_leaf=lambda x: isinstance(x, P)))
+
+    def of_whole(params):
+        halves = [x.astype(jnp.bfloat16) for x in jax.tree.leaves(params)]
+        return sum(jnp.sum(x * x) for x in halves)  # whose gradient needs x itself
+
+    def on_device(params, shared, batch):
+        return jax.grad(layout.whole(of_whole))(params), shared
+
+    program = layout.on_each_device(on_device, gives_gradients=True)
+    batch = np.zeros((jax.device_count(), 1))
+    text = str(jax.make_jaxpr(program)(params, np.zeros(()), batch))
+    assert split >= 3
+    assert text.count("all_gather[") == 2 * split
+
+
 def test_a_switch_gathers_no_kernel(task):
     model, tx = Network(), optimizer(name="adamw")
     kernels = cf.find_kernels(model, *task.inputs, train=False)
