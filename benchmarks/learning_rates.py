@@ -32,6 +32,7 @@ from cuttlefish_jax.training.loop import run
 PLAIN = {"optimizer.precondition": False}
 WAYS: dict[str, dict[str, Any]] = {
     "projected": {},
+    "projected x 2": {"switch.learning_rate_factor": 2.0},
     "continue": PLAIN,
     "rewarmup": PLAIN | {"switch.learning_rate": "rewarmup"},
     "restart": PLAIN | {"switch.learning_rate": "restart"},
