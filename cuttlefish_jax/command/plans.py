@@ -15,7 +15,7 @@ from cuttlefish_jax.command.errors import mendable
 from cuttlefish_jax.command.network import find_network
 from cuttlefish_jax.command.tree_kernels import kernels_of_tree
 from cuttlefish_jax.errors import UserError
-from cuttlefish_jax.training.method import RANK_RULES
+from cuttlefish_jax.plan.rank_rules import RANK_RULES
 
 _RULES = [name for name in RANK_RULES if name != "rank_ratio"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -352,3 +353,14 @@ def _singular_values_of(measured: Measured) -> Float64[np.ndarray, "*stack r"]:
 def _check_share(rule: str, name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise ValueError(f"{rule}: {name} {value} is not in (0, 1]")
+
+
+# By the names that configurations and the command have for them; of settings that have a ``rank_ratio``.
+RANK_RULES: Mapping[str, Callable[[Any], RankRule]] = {
+    "scaled_stable_rank": lambda settings: ScaledStableRank(),
+    "vanilla_stable_rank": lambda settings: StableRank(),
+    "accumulative_rank": lambda settings: AccumulativeRank(),
+    "energy": lambda settings: EnergyRank(),
+    "effective_rank": lambda settings: EffectiveRank(),
+    "rank_ratio": lambda settings: RankRatio(settings.rank_ratio),
+}

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.errors import ConfigError, check_setting
-from cuttlefish_jax.training.method import CRITERIA, METHODS, RANK_RULES, make_method
+from cuttlefish_jax.plan.rank_rules import RANK_RULES
+from cuttlefish_jax.training.method import CRITERIA, METHODS, make_method
 from cuttlefish_jax.training.parallelism import PARALLELISMS
 from cuttlefish_jax.training.schedule import AFTER_SWITCH
 

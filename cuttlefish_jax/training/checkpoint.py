@@ -38,7 +38,7 @@ from cuttlefish_jax.errors import (
 )
 from cuttlefish_jax.files import check_memory
 from cuttlefish_jax.training.agreement import smallest_of_hosts
-from cuttlefish_jax.training.untrusted import check_files, declared_arrays
+from cuttlefish_jax.training.orbax_tree import check_files, declared_arrays
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.errors import ConfigError
+from cuttlefish_jax.plan.rank_rules import RANK_RULES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,14 +25,6 @@ CRITERIA: Mapping[str, Callable[[Any], cf.Criterion]] = {
     "reference_resnet50": lambda config: cf.ReferencePlateau.resnet50(),
     "reference_deit": lambda config: cf.ReferencePlateau.deit(),
     "at_epoch": lambda config: cf.AtEpoch(config.epoch),
-}
-RANK_RULES: Mapping[str, Callable[[Any], cf.RankRule]] = {
-    "scaled_stable_rank": lambda config: cf.ScaledStableRank(),
-    "vanilla_stable_rank": lambda config: cf.StableRank(),
-    "accumulative_rank": lambda config: cf.AccumulativeRank(),
-    "energy": lambda config: cf.EnergyRank(),
-    "effective_rank": lambda config: cf.EffectiveRank(),
-    "rank_ratio": lambda config: cf.RankRatio(config.rank_ratio),
 }
 
 
