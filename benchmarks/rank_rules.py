@@ -10,7 +10,7 @@ and the effective ranks are multiplied by one common factor, and of the accumula
 ratio the share is lowered; ``water-filling`` is ``make_plan``'s budget. All of these kernels are factorized,
 at ranks at which they get smaller.
 
-``whitened`` truncates in the metric of the inputs (benchmarks/whitening.py), calibrated on ten training
+``whitened`` truncates in the metric of the inputs (``cf.calibrate``), measured on ten training
 batches: ``scaled stable, whitened`` and ``water-filling, whitened`` have the ranks of the row of that name
 without it, ``whitened water-filling`` those of a water-filling over the whitened singular values.
 
@@ -46,11 +46,12 @@ import jax.numpy as jnp
 import numpy as np
 from common import report
 from switch import NETWORKS, configured, copied
-from whitening import Whitened, output_moments
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.files import replace_file
+from cuttlefish_jax.kernels import subtree
 from cuttlefish_jax.plan.measured import Measured
+from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.epoch import evaluate, train_epoch
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.recalibration import recalibrate
@@ -174,18 +175,15 @@ class Continuations:
         for epoch in range(config.switch.epoch):
             state, _ = train_epoch(full.train_step, state, experiment.train, epoch)
         self.full = copied(state)
-        moments = output_moments(experiment, self.full, epoch=config.switch.epoch, batches=BATCHES)
-        self.whitening = Whitened(kernels, self.full.params, moments)
-        if left_out := [path for path in self.paths if path not in moments]:
-            raise ValueError(f"no output moments of {left_out}")
-        sigmas = jax.device_get(cf.singular_values(self.full.params, kernels))
-        # Kept layers have none; the budget asks for all.
+        self.calibration = Calibrator(experiment.task, experiment.model, kernels).measure(
+            self.full, experiment.train, epoch=config.switch.epoch, batches=BATCHES
+        )
         self.measurements = Measurements(
             kernels,
             jax.device_get(measure(self.full.params)),
             ranks_0,
-            sigmas,
-            {**sigmas, **self.whitening.singular_values},
+            jax.device_get(cf.singular_values(self.full.params, kernels)),
+            jax.device_get(cf.singular_values(self.full.params, kernels, calibration=self.calibration)),
         )
         rules = dict.fromkeys(rule for rule, _ in ROWS.values())
         self.ranks = {
@@ -198,8 +196,7 @@ class Continuations:
         self.low = experiment.phase(
             self.plan, switch_step=config.switch.epoch * experiment.train.steps_per_epoch
         )
-        svd = cf.factorize_params(self.full.params, self.plan)
-        self.factors = jax.device_get(svd)
+        self.factors = jax.device_get(cf.factorize_params(self.full.params, self.plan))
         plan, tx, apply_fn = self.plan, self.low.tx, self.low.model.apply
 
         @jax.jit
@@ -219,23 +216,20 @@ class Continuations:
     def _params(self, ranks: Mapping[str, int], whitened: bool) -> Any:
         """Factors at these ranks, padded with zeros."""
         params = jax.tree.map(lambda x: x, self.factors)  # the dicts are copies
+        own = params  # of these very ranks, which whitened factors depend on
+        if whitened:
+            plan = cf.FactorizationPlan.from_ranks(self.plan.kernels, ranks)
+            own = jax.device_get(cf.factorize_params(self.full.params, plan, calibration=self.calibration))
         for path, rank in ranks.items():
             kernel, padded = self.plan.kernels[path], self.plan.ranks[path]
-            as_u, as_v = kernel.factors(padded)
-            layer = params
-            for key in path.split("/"):
-                layer = layer[key]
-            if whitened:
-                factors = self.whitening.factors(path, rank)
-            else:
-                u = np.asarray(as_u.to_matrix(layer["u"][kernel.param]))
-                factors = u[:, :rank], np.asarray(as_v.to_matrix(layer["v"]["kernel"]))[:rank]
-            u, v = (np.zeros((n, m), np.float32) for n, m in ((kernel.m, padded), (padded, kernel.n)))
-            u[:, :rank], v[:rank] = factors
-            layer["u"][kernel.param], layer["v"]["kernel"] = (
-                as_u.from_matrix(jnp.asarray(u)),
-                as_v.from_matrix(jnp.asarray(v)),
-            )
+            layer, found = subtree(params, path), subtree(own, path)
+            sizes = kernel.factors(rank if whitened else padded), kernel.factors(padded)
+            for index, (side, name) in enumerate((("u", kernel.param), ("v", "kernel"))):
+                matrix = np.asarray(sizes[0][index].to_matrix(found[side][name]))
+                of_rank = matrix[:, :rank] if side == "u" else matrix[:rank]
+                whole = np.zeros((kernel.m, padded) if side == "u" else (padded, kernel.n), np.float32)
+                whole[: of_rank.shape[0], : of_rank.shape[1]] = of_rank
+                layer[side][name] = sizes[1][index].from_matrix(jnp.asarray(whole))
         return jax.tree.map(jnp.asarray, params)
 
     def continued(self, budget: float, row: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from cuttlefish_jax import linen as _linen  # noqa: F401 (registers the front end for Linen)
 from cuttlefish_jax import nnx as _nnx  # noqa: F401 (the same for NNX)
+from cuttlefish_jax.calibration import calibrate
 from cuttlefish_jax.criteria import AtEpoch, Criterion, Never, ReferencePlateau, RelativePlateau
 from cuttlefish_jax.decay import frobenius_decay
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params, merge_params
@@ -68,6 +69,7 @@ __all__ = [
     "StableRank",
     "Time",
     "accumulative_ranks",
+    "calibrate",
     "carry_opt_state",
     "count_flops",
     "factorize",

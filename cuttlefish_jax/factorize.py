@@ -27,8 +27,9 @@ from cuttlefish_jax.kernels import (
     subtree,
     unboxed,
 )
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, matmul, tensordot
+from cuttlefish_jax.matrices import gram, map_sides, matmul, scaled, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.whitening import checked_calibration, whitened_projection
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
 
 
 @functools.singledispatch
-def factorize(model: Any, plan: FactorizationPlan) -> Any:
+def factorize(model: Any, plan: FactorizationPlan, *, calibration: Mapping[str, Array] | None = None) -> Any:
     """The same model with the plan's layers replaced by two factors each.
 
     Args:
       model: a Flax Linen or NNX module; it is not changed.
       plan: made for this model, or for one of the other kind with the same paths.
+      calibration: see :func:`factorize_params`; of an NNX model alone, a Linen module has no params.
 
     Returns:
       Of a Linen module, one that is initialised, applied (``method=`` included) and called as the model is,
@@ -75,7 +77,9 @@ def factorize(model: Any, plan: FactorizationPlan) -> Any:
 
 
 @functools.singledispatch
-def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
+def factorize_params(
+    params: Params, plan: FactorizationPlan, *, calibration: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
     """Replaces each of the plan's kernels by the best pair of factors of its rank.
 
     The factors come from the eigenvectors of the smaller Gram matrix, in float32 on the device: their
@@ -84,17 +88,23 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     values. Those of a kernel with a NaN or an infinity are NaN, and no other layer's; a plan from stable
     ranks is never made of such a kernel.
 
+    With ``calibration`` the factors are those with which the layers' outputs change least on the batches that
+    it was measured on (:mod:`cuttlefish_jax.whitening`); a layer of which it has only zeros is factorized as
+    without it.
+
     Args:
       params: the params tree of the model (not changed), or an ``nnx.State`` with its params, or an NNX
         model.
       plan: made for this model.
+      calibration: of the same params, by :func:`cuttlefish_jax.calibrate`.
 
     Returns:
       Nested dicts, the very tree that ``factorize(model, plan).init`` makes, in the dtypes of ``params``. Of
       a state or an NNX model, an ``nnx.State``: that of ``factorize(model, plan)``.
 
     Raises:
-      ValueError: if ``params`` are not those of the plan's model; the message names the first difference.
+      ValueError: if ``params``, or ``calibration``, are not those of the plan's model; the message names the
+        first difference.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -103,10 +113,13 @@ def factorize_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
       >>> jax.tree.map(jnp.shape, low)
       {'u': {'kernel': (8, 2)}, 'v': {'bias': (6,), 'kernel': (2, 6)}}
     """
-    for path in plan.ranks:
-        check_kernel(params, plan.kernels[path])
+    kernels = [plan.kernels[path] for path in plan.ranks]
+    for kernel in kernels:
+        check_kernel(params, kernel)
     factors = _balanced_factors(
-        {path: unboxed(subtree(params, path)[plan.kernels[path].param]) for path in plan.ranks}, plan
+        {kernel.path: unboxed(subtree(params, kernel.path)[kernel.param]) for kernel in kernels},
+        plan,
+        None if calibration is None else checked_calibration(calibration, kernels),
     )
     low = split_layers(params, plan, lambda path, _: factors[path])
     if plan.extra_batch_norm:
@@ -218,11 +231,20 @@ def factorize_batch_stats(batch_stats: Params | None, plan: FactorizationPlan) -
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _balanced_factors(params: dict[str, Array], plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
-    kernels = [plan.kernels[path] for path in params]
-    sides = [k.to_sides(param).astype(jnp.float32) for k, param in zip(kernels, params.values(), strict=True)]
+def _balanced_factors(
+    params: dict[str, Array], plan: FactorizationPlan, calibration: tuple[Array, ...] | None
+) -> dict[str, tuple[Array, Array]]:
+    # In the order of the plan: a dict that passes through jit comes back sorted by key.
+    kernels = [plan.kernels[path] for path in plan.ranks]
+    sides = [kernel.to_sides(params[kernel.path]).astype(jnp.float32) for kernel in kernels]
+    if calibration is None:
+        all_factors = map_sides(_balanced, sides, kernels)
+    else:
+        measured = [kernel.to_sides(x) for kernel, x in zip(kernels, calibration, strict=True)]
+        ranks = [jnp.full(kernel.stack_shape, plan.ranks[kernel.path]) for kernel in kernels]
+        all_factors = map_sides(_whitened, sides, kernels, measured, ranks)
     factors = {}
-    for kernel, (u, v) in zip(kernels, map_sides(_balanced, sides, kernels), strict=True):
+    for kernel, (u, v) in zip(kernels, all_factors, strict=True):
         rank, stack = plan.ranks[kernel.path], (slice(None),) * len(kernel.stack_axes)
         halves = u[..., :rank], v[(*stack, slice(rank))]
         factors[kernel.path] = shape_factors(halves, kernel, params[kernel.path].dtype)
@@ -245,10 +267,7 @@ def _balanced(w: Float[Array, "*m *n"], rows: int) -> tuple[Array, Array]:
     if math.prod(w.shape[:rows]) < n:
         v, u = _balanced(jnp.moveaxis(w, range(rows), range(-rows, 0)), w.ndim - rows)
         return jnp.moveaxis(u, 0, -1), jnp.moveaxis(v, -1, 0)
-    # With its largest entry scaled to 1, no square overflows or vanishes.
-    scale = jnp.max(jnp.abs(w))
-    scale = jnp.minimum(jnp.where(scale > 0, scale, 1), LARGEST_DIVISOR)
-    w = w / scale
+    w, scale = scaled(w)
     # Whatever the rounding of q and s, u v = w q q^T: an orthogonal projection of w, exact at full rank.
     eigenvalues, q = jnp.linalg.eigh(gram(w, range(rows)))
     eigenvalues, q = eigenvalues[::-1], q[:, ::-1]
@@ -259,6 +278,13 @@ def _balanced(w: Float[Array, "*m *n"], rows: int) -> tuple[Array, Array]:
     columns = w.shape[rows:]
     u = tensordot(w, q.reshape(*columns, n), len(columns)) / root * half
     return u, (q * root * half).T.reshape(n, *columns)
+
+
+def _whitened(w: Float[Array, "*m *n"], rows: int, measured: Array, rank: Array) -> tuple[Array, Array]:
+    """The same of the best matrix of a rank for the inputs that were measured."""
+    b, c = whitened_projection(w, rows, measured, rank)
+    u, v = _balanced(b, rows)
+    return u, tensordot(v, c, 1)
 
 
 def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str, Callable]) -> dict[str, Any]:

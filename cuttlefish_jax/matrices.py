@@ -37,6 +37,13 @@ def gram(w: Float[Array, "*m *n"], contracted: Sequence[int]) -> Float[Array, "k
     return tensordot(w, w, (contracted, contracted)).reshape(k, k)
 
 
+def scaled(w: Array) -> tuple[Array, Float[Array, ""]]:
+    """``w`` with its largest entry scaled to 1, that no square overflows or vanishes; and the scale."""
+    scale = jnp.max(jnp.abs(w))
+    scale = jnp.minimum(jnp.where(scale > 0, scale, 1), LARGEST_DIVISOR)
+    return w / scale, scale
+
+
 def map_matrices(
     fn: Callable[[Float[Array, "m n"]], Any], matrices: Sequence[Float[Array, "*stack m n"]]
 ) -> list[Any]:
@@ -58,28 +65,32 @@ def map_matrices(
 
 
 def map_sides(
-    fn: Callable[[Array, int], Any], arrays: Sequence[Array], kernels: Sequence[Kernel]
+    fn: Callable[..., Any], arrays: Sequence[Array], kernels: Sequence[Kernel], *others: Sequence[Array]
 ) -> list[Any]:
     """``fn`` of every kernel's matrix in its own axes, which a kernel that is split over devices needs.
 
     Args:
-      fn: takes one matrix as ``[*rows, *columns]`` and the number of its axes of rows, and returns an array
-        or a pytree of arrays.
+      fn: takes one matrix as ``[*rows, *columns]``, the number of its axes of rows, and what there is of
+        ``others``; returns an array or a pytree of arrays.
       arrays: the kernels as :meth:`Kernel.to_sides` gives them, ``[*stack, *rows, *columns]``, all of one
         dtype.
       kernels: what their axes are.
+      *others: more arrays for each, ``[*stack, ...]``, whose shapes follow from the kernel's.
 
     Returns:
       For each of ``arrays`` what ``fn`` returned, its arrays stacked by ``*stack``.
     """
     sides = [(len(k.reduction_axes) + len(k.output_axes), len(k.reduction_axes)) for k in kernels]
-    return _map(fn, arrays, sides)
+    return _map(fn, arrays, sides, *others)
 
 
 def _map(
-    fn: Callable[[Array, int], Any], matrices: Sequence[Array], sides: Sequence[tuple[int, int]]
+    fn: Callable[..., Any],
+    matrices: Sequence[Array],
+    sides: Sequence[tuple[int, int]],
+    *others: Sequence[Array],
 ) -> list[Any]:
-    """``fn(matrix, row axes)`` of every matrix, one after the other; ``sides``: their axes, and row axes."""
+    """``fn(matrix, row axes, *others)`` of all, one after the other; ``sides``: their axes, and row axes."""
     groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for index, (matrix, (axes, rows)) in enumerate(zip(matrices, sides, strict=True)):
         groups.setdefault((matrix.shape[matrix.ndim - axes :], rows), []).append(index)
@@ -93,9 +104,18 @@ def _map(
         flat = jnp.concatenate([matrices[i].reshape(-1, *shape) for i in members])
         # No number is greater than infinity, but the compiler orders the groups by it.
         flat += _first(before) > jnp.inf
+        more = [
+            jnp.concatenate(
+                [
+                    other[i].reshape(-1, *other[i].shape[len(s) :])
+                    for i, s in zip(members, stacks, strict=True)
+                ]
+            )
+            for other in others
+        ]
         # Not vmap: XLA's CPU backend is up to twice as fast with one matrix after the other, each of which
         # stays in the cache for all of its steps, as with batched matrix-vector products.
-        mapped = jax.lax.map(lambda matrix: fn(matrix, rows), flat)  # noqa: B023
+        mapped = jax.lax.map(lambda given: fn(given[0], rows, *given[1:]), (flat, *more))  # noqa: B023
         before, start = jax.tree.leaves(mapped)[0], 0
         for index, stack in zip(members, stacks, strict=True):
             stop = start + math.prod(stack)

@@ -22,17 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_sides, subtree, unboxed
+from cuttlefish_jax.lanczos import largest_gram_eigenvalue
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
-from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides, matmul, tensordot
+from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides
 from cuttlefish_jax.params import unwrap
+from cuttlefish_jax.whitening import checked_calibration, whitened_spectrum
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
     Params = Mapping[str, Any]
-
-# Enough for 99 % of Gaussian matrices, the slowest to converge, to come out within 1 %; 20 are not.
-LANCZOS_STEPS = 32
 
 
 def stable_ranks(
@@ -157,24 +156,31 @@ def warm_stable_ranks(
     return _by_path(kernels, ranks), _by_path(kernels, new)
 
 
-def singular_values(params: Any, kernels: Mapping[str, Kernel]) -> dict[str, Float[Array, "*stack min_mn"]]:
+def singular_values(
+    params: Any, kernels: Mapping[str, Kernel], *, calibration: Mapping[str, Array] | None = None
+) -> dict[str, Float[Array, "*stack min_mn"]]:
     r"""All singular values of every kernel's matrix, largest first.
 
     They are the square roots of the eigenvalues of the smaller side's Gram matrix. Squaring costs half of
     the digits: in float32, singular values below about :math:`3 \cdot 10^{-4}\,\sigma_1` are lost in rounding
     noise of that size (they come out as anything from 0 to it). The leading ones are good to about 1e-6.
 
+    With ``calibration`` they are those of the whitened matrix, :mod:`cuttlefish_jax.whitening`: at rank
+    :math:`r` the layer's outputs lose :math:`\sum_{i > r} \sigma_i^2` of their mean square.
+
     Args:
       params: the model's params tree, or an NNX model or its state; the kernels may have any real dtype and
         any sharding.
       kernels: ``path -> Kernel``; static, as in :func:`stable_ranks`.
+      calibration: of the same params, by :func:`cuttlefish_jax.calibrate`.
 
     Returns:
       ``path -> f32[*stack, min(m, n)]``, descending, in the order of ``kernels``; all NaN for a matrix with a
       NaN or an infinity.
 
     Raises:
-      ValueError: if ``params`` are not those that ``kernels`` were found in.
+      ValueError: if ``params`` are not those that ``kernels`` were found in, or ``calibration`` is not of
+        them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,7 +191,9 @@ def singular_values(params: Any, kernels: Mapping[str, Kernel]) -> dict[str, Flo
       >>> singular_values(params, {"dense": kernel})["dense"].tolist()
       [4.0, 2.0]
     """
-    return _by_path(kernels, _singular_values(unwrap(params)[0], tuple(kernels.values())))
+    entries = tuple(kernels.values())
+    found = None if calibration is None else checked_calibration(calibration, entries)
+    return _by_path(kernels, _singular_values(unwrap(params)[0], entries, found))
 
 
 def accumulative_ranks(
@@ -258,8 +266,12 @@ def _warm_stable_ranks(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _singular_values(params: Params, kernels: tuple[Kernel, ...]) -> tuple[Array, ...]:
-    return _measure_all(_spectrum, params, kernels)
+def _singular_values(
+    params: Params, kernels: tuple[Kernel, ...], calibration: tuple[Array, ...] | None
+) -> tuple[Array, ...]:
+    if calibration is None:
+        return _measure_all(_spectrum, params, kernels)
+    return _measure_all(_whitened_spectrum, params, kernels, calibration)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -268,15 +280,16 @@ def _accumulative_ranks(params: Params, kernels: tuple[Kernel, ...], p: Array) -
 
 
 def _measure_all(
-    measure: Callable[[Float[Array, "*m *n"], int], Array], params: Params, kernels: tuple[Kernel, ...]
+    measure: Callable[..., Array], params: Params, kernels: tuple[Kernel, ...], *others: tuple[Array, ...]
 ) -> tuple[Array, ...]:
-    """``measure`` of every kernel's matrix in float32."""
+    """``measure`` of every kernel's matrix in float32, and of ``others`` of the kernels' shapes."""
 
-    def run(params: Params) -> tuple[Array, ...]:
+    def run(params: Params, *others: tuple[Array, ...]) -> tuple[Array, ...]:
         matrices = [kernel_sides(params, kernel).astype(jnp.float32) for kernel in kernels]
-        return tuple(map_sides(measure, matrices, kernels))
+        more = [[k.to_sides(x) for k, x in zip(kernels, other, strict=True)] for other in others]
+        return tuple(map_sides(measure, matrices, kernels, *more))
 
-    return _on_any_mesh(run, params)
+    return _on_any_mesh(run, params, *others)
 
 
 def _on_any_mesh(run: Callable[..., Any], params: Params, *others: Any) -> Any:
@@ -326,52 +339,10 @@ def _exact_stable_rank(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array,
 
 def _lanczos_stable_rank(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, ""]:
     matrix, scale = _scaled(matrix)
-    return _ratio(jnp.sum(matrix * matrix), _largest_gram_eigenvalue(matrix, rows), scale)
+    return _ratio(jnp.sum(matrix * matrix), largest_gram_eigenvalue(matrix, rows), scale)
 
 
 _STABLE_RANK = {"exact": _exact_stable_rank, "lanczos": _lanczos_stable_rank}
-
-
-def _largest_gram_eigenvalue(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, ""]:
-    r"""Largest eigenvalue of the smaller side's Gram matrix, from below, by Lanczos.
-
-    With orthonormal q_1, ..., q_k that span the Krylov space of a start vector, Q^T (W W^T) Q is the
-    tridiagonal matrix of the coefficients alpha (diagonal) and beta (beside it); its largest eigenvalue is
-    the best estimate that the space has.
-    """
-    m, n = math.prod(matrix.shape[:rows]), math.prod(matrix.shape[rows:])
-    size, columns = min(m, n), matrix.ndim - rows
-    steps = min(LANCZOS_STEPS, size)
-    # Orthogonal to no singular vector of anyone's weights; fixed, so that their stable rank is.
-    start = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-
-    def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        basis, q, alphas, betas = carry
-        basis = basis.at[j].set(q)
-        # Both products read the rows of the matrix as they lie in memory; transposing it is slower.
-        if m <= n:
-            half = tensordot(q.reshape(matrix.shape[:rows]), matrix, rows)
-            w = jnp.ravel(tensordot(matrix, half, columns))
-        else:
-            half = tensordot(matrix, q.reshape(matrix.shape[rows:]), columns)
-            w = jnp.ravel(tensordot(half, matrix, rows))
-        alpha = matmul(q, w)
-        for _ in range(2):  # once leaves the noise of cancellation behind; twice is enough
-            w = w - matmul(matmul(basis, w), basis)
-        alphas = alphas.at[j].set(alpha)
-        beta = jnp.linalg.norm(w)
-        # A beta of the size of rounding: the space is exhausted (few distinct singular values), its estimate
-        # is exact, and w is noise. From here on everything is zero.
-        beta = jnp.where(beta > 1e-6 * jnp.max(alphas), beta, 0)
-        q = w / jnp.where(beta > 0, beta, jnp.inf)
-        return basis, q, alphas, betas.at[j].set(beta)
-
-    zeros = jnp.zeros(steps, jnp.float32)
-    basis = jnp.zeros((steps, size), jnp.float32)
-    carry = (basis, jnp.asarray(start / np.linalg.norm(start)), zeros, zeros)
-    _, _, alphas, betas = jax.lax.fori_loop(0, steps, step, carry)
-    tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
-    return jnp.linalg.eigvalsh(tridiagonal)[-1]
 
 
 def _relative_spectrum(
@@ -387,6 +358,11 @@ def _relative_spectrum(
 def _spectrum(matrix: Float[Array, "*m *n"], rows: int) -> Float[Array, " k"]:
     relative, scale = _relative_spectrum(matrix, rows)
     return jnp.where(jnp.isfinite(scale), scale * relative, jnp.nan)
+
+
+def _whitened_spectrum(matrix: Float[Array, "*m *n"], rows: int, calibration: Array) -> Float[Array, " k"]:
+    found = jnp.max(jnp.abs(matrix))
+    return jnp.where(jnp.isfinite(found), whitened_spectrum(matrix, rows, calibration), jnp.nan)
 
 
 def _accumulative_rank(matrix: Float[Array, "*m *n"], rows: int, *, p: Array) -> Int[Array, ""]:

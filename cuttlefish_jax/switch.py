@@ -46,6 +46,7 @@ def switch(
     tx: optax.GradientTransformation,
     *,
     apply_fn: Callable[..., Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Any:
     """Turns a training state into the factorized model's, losing nothing that can be kept.
 
@@ -61,6 +62,7 @@ def switch(
       tx: the optimizer of the low-rank phase, usually the same chain.
       apply_fn: the factorized model's apply function; by default ``factorize(model, plan).apply`` of the
         model whose bound ``apply`` is ``state.apply_fn``.
+      calibration: see :func:`factorize_params`.
 
     Returns:
       ``state.replace(...)``; of a tuple, a tuple of new objects: the factorized model, its optimizer, the
@@ -94,7 +96,7 @@ def switch(
                 "state.apply_fn is not a model's bound apply: pass switch(..., apply_fn=low.apply)"
             )
         apply_fn = factorize(model, plan).apply
-    params = factorize_params(state.params, plan)
+    params = factorize_params(state.params, plan, calibration=calibration)
     changes: dict[str, Any] = dict(params=params, tx=tx, apply_fn=apply_fn)
     changes["opt_state"] = carry_opt_state(state.opt_state, state.params, params, tx, plan)
     structure = jax.tree.structure(state.params)

@@ -109,7 +109,9 @@ class Factorized(nn.Module):
 
 
 @factorize.register
-def _factorize_linen(model: nn.Module, plan: FactorizationPlan) -> Factorized:
+def _factorize_linen(model: nn.Module, plan: FactorizationPlan, *, calibration: Any = None) -> Factorized:
+    if calibration is not None:
+        raise ValueError("a Linen module has no params: give the calibration to factorize_params or switch")
     if isinstance(model, Factorized):
         raise ValueError(
             "the model is factorized already: make a plan for its .model, and merge its params first"

@@ -1,5 +1,6 @@
 """The front end for Flax NNX."""
 
+from cuttlefish_jax.nnx import calibration as _calibration  # noqa: F401 (registers calibrate)
 from cuttlefish_jax.nnx import calls as _calls  # noqa: F401 (registers with profiling)
 from cuttlefish_jax.nnx import find as _find  # noqa: F401 (with find_kernels)
 from cuttlefish_jax.nnx import layers as _layers  # noqa: F401 (the layer types)

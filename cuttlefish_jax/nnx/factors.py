@@ -56,13 +56,15 @@ class FactorizedEmbed(Factorized):
 
 
 @factorize.register
-def _factorize_nnx(model: nnx.Module, plan: FactorizationPlan) -> Any:
+def _factorize_nnx(
+    model: nnx.Module, plan: FactorizationPlan, *, calibration: Mapping[str, Any] | None = None
+) -> Any:
     copy = nnx.clone(model)
     layers = {join(keys): node for keys, node in nnx.iter_graph(copy) if isinstance(node, nnx.Module)}
     kernels: dict[str, Any] = {}
     for path in plan.ranks:
         _insert(kernels, path, _kernel_of(layers.get(path), plan.kernels[path]))
-    low = from_boxes(run(factorize_params, to_boxes(kernels), plan), {})
+    low = from_boxes(run(factorize_params, to_boxes(kernels), plan, calibration=calibration), {})
     evaluates = any(
         getattr(layer, name, False)
         for kind, name in ((nnx.BatchNorm, "use_running_average"), (nnx.Dropout, "deterministic"))

@@ -76,7 +76,7 @@ def trace(
     paths: Collection[str],
     observer: Observer,
 ) -> core.Jaxpr:
-    """The traced program of a call of the model, some of whose layers are watched. Nothing is computed.
+    """The traced program of a call of the :func:`watched` model. Nothing is computed.
 
     Args:
       model: any NNX module, abstract ones included; it is not changed.
@@ -85,12 +85,7 @@ def trace(
       paths: of the layers to watch.
       observer: told of their calls.
     """
-
-    def watch(keys: tuple[Any, ...], node: Any) -> Any:
-        is_layer = isinstance(node, nnx.Module) and join(keys) in paths
-        return _Watched(node, join(keys), observer) if is_layer else node
-
-    graphdef, state = nnx.split(nnx.recursive_map(watch, nnx.clone(model)))
+    graphdef, state = nnx.split(watched(model, paths, observer))
     # Flags (train=False) and the method must stay Python values; only arrays are traced.
     leaves, treedef = jax.tree.flatten((inputs, dict(kwargs)))
     traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
@@ -98,7 +93,7 @@ def trace(
     def run(state: Any, *arrays: Any) -> Any:
         filled = {**dict(enumerate(leaves)), **dict(zip(traced, arrays, strict=True))}
         args, options = jax.tree.unflatten(treedef, [filled[i] for i in range(len(leaves))])
-        call = _bound(nnx.merge(graphdef, state), options.pop("method", None))
+        call = bound(nnx.merge(graphdef, state), options.pop("method", None))
         output = call(*args, **options)
         # With the output, lest JAX drops from the program what nothing depends on.
         return [leaf for leaf in jax.tree.leaves(output) if isinstance(leaf, jax.Array)]
@@ -106,7 +101,18 @@ def trace(
     return jax.make_jaxpr(run)(shapes_of(state), *(leaves[i] for i in traced)).jaxpr
 
 
-def _bound(model: Any, method: Any) -> Callable[..., Any]:
+def watched(model: nnx.Module, paths: Collection[str], observer: Observer) -> nnx.Module:
+    """A copy of the model in which the layers at ``paths`` report; each is now at its path and ``layer``."""
+
+    def watch(keys: tuple[Any, ...], node: Any) -> Any:
+        is_layer = isinstance(node, nnx.Module) and join(keys) in paths
+        return _Watched(node, join(keys), observer) if is_layer else node
+
+    return nnx.recursive_map(watch, nnx.clone(model))
+
+
+def bound(model: Any, method: Any) -> Callable[..., Any]:
+    """What is called of a model: itself, or the method of a name, or one given as a function."""
     if method is None:
         return model
     if isinstance(method, str):

@@ -121,12 +121,12 @@ def check_values(params: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def run(
-    transform: Callable[[Any, FactorizationPlan], Any], params: dict[str, Any], plan: FactorizationPlan
+    transform: Callable[..., Any], params: dict[str, Any], plan: FactorizationPlan, **options: Any
 ) -> dict[str, Any]:
     """``transform(params, plan)``, of shapes and dtypes alone if ``params`` are abstract."""
     if any(map(is_abstract, jax.tree.leaves(params))):
-        return jax.eval_shape(lambda params: transform(params, plan), params)
-    return transform(params, plan)
+        return jax.eval_shape(lambda params: transform(params, plan, **options), params)
+    return transform(params, plan, **options)
 
 
 @unwrap.register
@@ -142,11 +142,14 @@ def _unwrap_model(params: nnx.Module) -> tuple[Mapping[str, Any], Callable[[Mapp
 
 
 def _register(transform: Any) -> None:
-    def of_state(params: nnx.State, plan: FactorizationPlan) -> nnx.State:
-        return nnx.State(from_boxes(run(transform, to_boxes(params), plan), params))
+    def of_state(params: nnx.State, plan: FactorizationPlan, **options: Any) -> nnx.State:
+        return nnx.State(from_boxes(run(transform, to_boxes(params), plan, **options), params))
+
+    def of_model(model: nnx.Module, plan: FactorizationPlan, **options: Any) -> nnx.State:
+        return of_state(nnx.state(model, nnx.Param), plan, **options)
 
     transform.register(nnx.State, of_state)
-    transform.register(nnx.Module, lambda params, plan: of_state(nnx.state(params, nnx.Param), plan))
+    transform.register(nnx.Module, of_model)
 
 
 _register(factorize_params)

@@ -18,14 +18,20 @@ from cuttlefish_jax.switch import carry_opt_state, switch
 
 
 @switch.register
-def _switch_nnx(state: tuple, plan: FactorizationPlan, tx: optax.GradientTransformation) -> tuple[Any, ...]:
+def _switch_nnx(
+    state: tuple,
+    plan: FactorizationPlan,
+    tx: optax.GradientTransformation,
+    *,
+    calibration: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
     expected = (nnx.Module, nnx.Optimizer, *(nnx.EMA,) * (len(state) - 2))
     if len(state) < 2 or not all(map(isinstance, state, expected)) or type(state[1]) is not nnx.Optimizer:
         kinds = ", ".join(type(part).__name__ for part in state)
         raise ValueError(f"switch needs (model, nnx.Optimizer), and nnx.EMAs if there are any, got ({kinds})")
     model, optimizer, *averages = state
     check_values(to_dict(nnx.state(model, nnx.Param)))
-    low = factorize(model, plan)
+    low = factorize(model, plan, calibration=calibration)
     return low, _carried(model, optimizer, low, plan, tx), *(_projected(ema, low, plan) for ema in averages)
 
 

@@ -68,7 +68,8 @@ def check_config(config: Config) -> None:
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
     at_least_0 = (
-        "seed switch.epoch switch.recalibration_batches profile.min_speedup profile.min_layer_speedup "
+        "seed switch.epoch switch.recalibration_batches plan.calibration_batches profile.min_speedup "
+        "profile.min_layer_speedup "
         "data.train_examples data.validation_examples data.workers data.crop_padding data.color_jitter "
         "data.mixup data.cutmix checkpoint.every_steps"
     )

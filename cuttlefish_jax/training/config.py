@@ -131,6 +131,7 @@ def default_config() -> Config:
             keep=(),  # patterns of layers that stay full-rank
             factorize=(),  # patterns of layers that are factorized though the defaults keep them
             budget="",  # the share of the model to leave: parameters:0.3, flops:0.5 or, if profiled, time:0.7
+            calibration_batches=0,  # that show what layers are given, for whitened SVD; 0: plain SVD
             min_rank_ratio=0.0,  # lowest rank, as a share of min(m, n)
             round_to=1,  # ranks are rounded up to a multiple of this
             extra_batch_norm=False,  # a batch norm between the factors

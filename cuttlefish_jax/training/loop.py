@@ -15,12 +15,14 @@ import numpy as np
 import cuttlefish_jax as cf
 from cuttlefish_jax.training import report, resuming
 from cuttlefish_jax.training.agreement import RANK_TOLERANCE, agree, agreed_outcome, first_hosts
+from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.hosts import lost_hosts
 from cuttlefish_jax.training.method import (
+    make_method,
     needs_singular_values,
     plan_from_config,
     rank_tolerance,
@@ -103,7 +105,8 @@ class _Run:
         directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
         directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + start.is_resumed)
         self._measure_first(start.is_resumed)
-        self.switcher = Switcher(self.experiment)
+        self.calibrator = self._calibrator()
+        self.switcher = Switcher(self.experiment, self.calibrator)
         if self.directory.read_json("config.json") is None:
             self.directory.claim(self.config)  # not before: until here settings can turn out to be wrong
         self.first_epoch, self.started = self.progress.epoch, time.perf_counter()
@@ -172,7 +175,7 @@ class _Run:
         epoch = next_switch(self.config, progress, epochs_trained)
         if epoch is None:
             return
-        plan = self._plan()
+        plan = self._plan(self._calibrate(epochs_trained) if needs_singular_values(self.config) else None)
         if not plan.ranks:
             return
         if not self._stands_for(plan):
@@ -185,14 +188,27 @@ class _Run:
         foreseen = self.progress.foreseen
         return foreseen is not None and nearly_equal(foreseen, plan, rank_tolerance(self.config))
 
-    def _plan(self) -> cf.FactorizationPlan:
+    def _calibrator(self) -> Calibrator | None:
+        if self.phase.plan is not None or not make_method(self.config).calibration_batches:
+            return None
+        experiment = self.experiment
+        return Calibrator(experiment.task, experiment.model, experiment.kernels, self.phase.layout)
+
+    def _calibrate(self, epoch: int) -> dict[str, jax.Array] | None:
+        """What the layers are given in the first batches of an epoch, if that is asked for."""
+        if self.calibrator is None:
+            return None
+        batches = make_method(self.config).calibration_batches
+        return self.calibrator.measure(self.state, self.experiment.train, epoch=epoch, batches=batches)
+
+    def _plan(self, calibration: dict[str, jax.Array] | None) -> cf.FactorizationPlan:
         """The plan for the ranks as they are now."""
         plan = plan_from_config(
             self.config,
             self.experiment.kernels,
             self.progress.ranks_t,
             self.progress.ranks_0,
-            singular_values=first_hosts(self.meter.singular_values(self.state))
+            singular_values=first_hosts(self.meter.singular_values(self.state, calibration))
             if needs_singular_values(self.config)
             else None,
             profile=self.experiment.profile,
@@ -204,7 +220,8 @@ class _Run:
         """Makes the plan, rewrites the state, and goes on with the steps of the low-rank phase."""
         start = time.perf_counter()
         progress, experiment = self.progress, self.experiment
-        plan = self._plan()
+        calibration = self._calibrate(epoch) if needs_singular_values(self.config) else None
+        plan = self._plan(calibration)
         if self._stands_for(plan):
             assert progress.foreseen is not None
             plan = progress.foreseen
@@ -214,8 +231,11 @@ class _Run:
             warnings.warn("no layer would get smaller: staying full-rank to the end", stacklevel=2)
             return
         low, was_ahead = self.switcher.get(plan, epoch, self.phase, self.state)
+        # Not before: the measurement is compiled along with the phase.
+        calibration = self._calibrate(epoch) if calibration is None else calibration
         # With the last reference to it, the full-rank state is freed.
-        self.phase, self.state = low.phase, low.convert(self.state)
+        self.phase, self.state = low.phase, low.convert(self.state, calibration)
+        calibration = None
         self.state = recalibrate(
             experiment.task,
             self.state,

@@ -40,6 +40,7 @@ class Method:
       precondition: whether the steps of the factors are those of their product, which a norm between them
         excludes.
       uses_profile: whether the layers that do not get faster are kept as well, where they are measured.
+      calibration_batches: that show what the layers are given, for factors that spare their outputs.
     """
 
     criterion: cf.Criterion
@@ -48,6 +49,7 @@ class Method:
     frobenius_decay: float
     precondition: bool
     uses_profile: bool = True
+    calibration_batches: int = 0
 
     @property
     def awaits_ranks(self) -> bool:
@@ -64,6 +66,7 @@ def _cuttlefish(config: Config) -> Method:
         keep=tuple(config.plan.keep),
         frobenius_decay=config.optimizer.frobenius_decay,
         precondition=config.optimizer.precondition and not config.plan.extra_batch_norm,
+        calibration_batches=config.plan.calibration_batches,
     )
 
 
@@ -81,6 +84,7 @@ def _pufferfish(config: Config) -> Method:
         keep=tuple(config.pufferfish.keep),
         precondition=False,
         uses_profile=False,
+        calibration_batches=0,
     )
 
 

@@ -94,7 +94,7 @@ class DataParallel(_Layout):
         """See :meth:`FullySharded.on_each_device`: here the whole program is mapped."""
         return fn
 
-    def program(self, step: Callable, *, updates: bool = False) -> Any:
+    def program(self, step: Callable, *, updates: bool = False, gives_gradients: bool = False) -> Any:
         """See :meth:`FullySharded.program`."""
         donated = (0,) if updates else ()
         in_axes = (None, None, 0)
@@ -215,14 +215,15 @@ class FullySharded(_Layout):
             check_vma=False,
         )
 
-    def program(self, step: Callable, *, updates: bool = False) -> Any:
+    def program(self, step: Callable, *, updates: bool = False, gives_gradients: bool = False) -> Any:
         """A step to be compiled: an object with ``lower(state, resident, batch)``.
 
         Args:
           step: ``(state, resident, batch) -> results``, whole on every device.
           updates: the results are ``(state, metrics)``, and the old state is donated.
+          gives_gradients: the results are gradients, which lie as the parameters do.
         """
-        return _Program(self, step, updates)
+        return _Program(self, step, updates, gives_gradients)
 
 
 Layout: TypeAlias = DataParallel | FullySharded
@@ -235,8 +236,11 @@ class _Program:
     layout: FullySharded
     step: Callable
     updates: bool
+    gives_gradients: bool
 
     def lower(self, state: Any, *data: Any) -> Any:
+        if self.gives_gradients:
+            return jax.jit(self.step, out_shardings=self.layout.shardings(state).params).lower(state, *data)
         if not self.updates:
             return jax.jit(self.step, out_shardings=self.layout.replicated).lower(state, *data)
         shardings = self.layout.shardings(state), self.layout.replicated

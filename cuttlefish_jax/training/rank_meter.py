@@ -38,7 +38,9 @@ class RankMeter:
         jit = functools.partial(jax.jit, out_shardings=everywhere)
         self._warm = jit(lambda params, vectors: cf.warm_stable_ranks(params, kernels, vectors))
         self._ranks = jit(lambda params: cf.stable_ranks(params, kernels, method=self._method))
-        self._singular_values = jit(lambda params: cf.singular_values(params, kernels))
+        self._singular_values = jit(
+            lambda params, calibration: cf.singular_values(params, kernels, calibration=calibration)
+        )
 
     @property
     def initial_vectors(self) -> dict[str, Any]:
@@ -81,6 +83,8 @@ class RankMeter:
                 )
         return {path: ranks[path].tolist() for path in self._kernels}
 
-    def singular_values(self, state: TrainState) -> dict[str, Any]:
-        """All singular values of every kernel, on the host; waits for them."""
-        return jax.device_get(self._singular_values(state.params))
+    def singular_values(
+        self, state: TrainState, calibration: Mapping[str, jax.Array] | None = None
+    ) -> dict[str, Any]:
+        """All singular values of every kernel, on the host, whitened if there is a calibration."""
+        return jax.device_get(self._singular_values(state.params, calibration))

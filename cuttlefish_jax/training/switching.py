@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 import cuttlefish_jax as cf
+from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.experiment import Experiment, Phase
 from cuttlefish_jax.training.schedule import keep_schedule
 from cuttlefish_jax.training.state import TrainState
@@ -29,7 +30,8 @@ class LowRank:
 
     Attributes:
       phase: with its steps compiled for all data that the full-rank phase has seen, if there is one host.
-      convert: the program that turns the full-rank phase's state into this phase's.
+      convert: the program that turns the full-rank phase's state, and its calibration if there is one, into
+        this phase's state.
       seconds: how long all that took to compile.
     """
 
@@ -43,10 +45,12 @@ class Switcher:
 
     Args:
       experiment: of the run.
+      calibrator: if factors are to be whitened; compiled along.
     """
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, calibrator: Calibrator | None = None):
         self._experiment = experiment
+        self._calibrator = calibrator
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[tuple[cf.FactorizationPlan, int], Future[LowRank]] | None = None
         self._done: collections.deque[float] = collections.deque()
@@ -115,18 +119,21 @@ class Switcher:
         phase = experiment.phase(plan, switch_step=epoch * experiment.train.steps_per_epoch)
         forgets = experiment.config.switch.optimizer == "reset"
 
-        def convert(state: TrainState) -> TrainState:
-            state = cf.switch(state, plan, phase.tx, apply_fn=phase.model.apply)
+        def convert(state: TrainState, calibration: Any) -> TrainState:
+            state = cf.switch(state, plan, phase.tx, apply_fn=phase.model.apply, calibration=calibration)
             if forgets:
                 # A new one, but for the step that the learning rate follows.
                 fresh = phase.tx.init(state.params)
                 state = state.replace(opt_state=keep_schedule(fresh, state.opt_state))
             return state.replace(rank_vectors={})
 
-        low = phase.layout.abstract(jax.eval_shape(convert, state))
+        calibration = None if self._calibrator is None else self._calibrator.abstract(state)
+        low = phase.layout.abstract(jax.eval_shape(convert, state, calibration))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, low)
-        program = jax.jit(convert, out_shardings=shardings).lower(state).compile()
+        program = jax.jit(convert, out_shardings=shardings).lower(state, calibration).compile()
         train_inputs, eval_inputs = inputs
+        if self._calibrator is not None:
+            self._calibrator.compile_for(state, train_inputs)
         for data in train_inputs:
             phase.train_step.compile_for(low, *data)
         for data in eval_inputs:

@@ -110,7 +110,7 @@ def test_the_full_rank_state_is_freed_and_a_step_works_in_place(tiny_config):
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes >= size(state)
     others, full_size = live() - size(state), size(state)
-    state = jax.block_until_ready(low.convert(state))
+    state = jax.block_until_ready(low.convert(state, None))
     assert size(state) < full_size
     assert live() - others <= size(state) + 1024
     state, _ = low.phase.train_step(state, experiment.train.resident, batch)
