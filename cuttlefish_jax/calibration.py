@@ -65,12 +65,12 @@ class Calls:
 
     Attributes:
       seen: the paths of the layers that were called.
-      normed: those whose outputs a batch norm takes as they are.
+      norms: of those whose outputs a batch norm takes as they are, this batch norm.
     """
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
-        self.normed: set[str] = set()
+        self.norms: dict[str, Any] = {}
         self._results: dict[int, tuple[str, Any]] = {}  # with the result, lest another gets its id
 
     def called(self, path: str, result: Any) -> None:
@@ -78,10 +78,10 @@ class Calls:
         self.seen.add(path)
         self._results[id(result)] = path, result
 
-    def normalised(self, value: Any) -> None:
+    def normalised(self, value: Any, norm: Any) -> None:
         """Notes the call of a batch norm."""
         if id(value) in self._results:
-            self.normed.add(self._results[id(value)][0])
+            self.norms[self._results[id(value)][0]] = norm
 
 
 def observed(result: Array, offset: Array, param: Array, kernel: Kernel, calls: Calls) -> Array:
@@ -96,9 +96,20 @@ def observed(result: Array, offset: Array, param: Array, kernel: Kernel, calls: 
     """
     features = param.size // kernel.m  # of one position; of all matrices, if the kernel has batch axes
     z = jax.lax.stop_gradient(result - offset)
-    if kernel.path in calls.normed:
-        z -= jnp.mean(z, axis=range(z.ndim - 1))
+    if (norm := calls.norms.get(kernel.path)) is not None:
+        z -= _mean(z, norm)
     return _with_gradient(result, z * (features / z.size))
+
+
+def _mean(z: Array, norm: Any) -> Array:
+    """That which a batch norm takes away: over the devices that share their statistics, if any do."""
+    mean = jnp.mean(z, axis=range(z.ndim - 1))
+    if norm.axis_name is None:
+        return mean
+    try:
+        return jax.lax.pmean(mean, norm.axis_name, axis_index_groups=norm.axis_index_groups)
+    except NameError:  # evaluated on one device, which has no such axis
+        return mean
 
 
 def nothing_of(outputs: Any) -> Array:

@@ -277,7 +277,9 @@ def _balanced(w: Float[Array, "*m *n"], rows: int) -> tuple[Array, Array]:
     half = jnp.sqrt(scale)
     columns = w.shape[rows:]
     u = tensordot(w, q.reshape(*columns, n), len(columns)) / root * half
-    return u, (q * root * half).T.reshape(n, *columns)
+    # Singular vectors may all change their sign: rounding, and with it how w lies on devices, is not to say.
+    sign = jnp.where(jnp.sum(u * jnp.abs(u), axis=range(u.ndim - 1)) < 0, -1, 1)
+    return u * sign, (q * (sign * root * half)).T.reshape(n, *columns)
 
 
 def _whitened(w: Float[Array, "*m *n"], rows: int, measured: Array, rank: Array) -> tuple[Array, Array]:

@@ -69,11 +69,14 @@ class TrainingHost:
             # Programs that run a few times: optimising them takes longer than it saves.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/host_audit"), os.environ.get("PYTHONPATH", "")]),
+            "HOST_AUDIT": str(cache),
         }
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines = []
+        self._writes = Path(cache) / f"{self.process.pid}.writes"
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -86,6 +89,10 @@ class TrainingHost:
     def output(self):
         """What it has printed."""
         return "".join(self.lines)
+
+    def written_in(self, directory):
+        """What its Python code has written, renamed and deleted in a directory."""
+        return [line for line in self._writes.read_text().splitlines() if f"{directory}/" in line]
 
     def wait_for(self, text):
         """Waits until it has printed something; an error if it ends without."""

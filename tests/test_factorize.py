@@ -130,6 +130,17 @@ def test_factors_of_bfloat16_params_are_bfloat16_and_as_good_as_it_can_say():
         np.testing.assert_array_less(error, np.hypot(np.linalg.norm(tail, axis=-1), rounding))
 
 
+def test_the_signs_of_singular_vectors_are_told():
+    params, plan, low = low_network()
+    opposite = cf.factorize_params(jax.tree.map(jnp.negative, params), plan)
+    for path in NETWORK:
+        pairs = halves(low, plan, path), halves(opposite, plan, path)
+        is_wide = NETWORK[path].m < NETWORK[path].n
+        sides = [np.swapaxes(v, -1, -2) if is_wide else u for u, v in pairs]
+        assert np.all(np.sum(sides[0] * np.abs(sides[0]), axis=-2) > 0)
+        np.testing.assert_allclose(sides[0], sides[1], atol=1e-4)
+
+
 def test_at_full_rank_the_product_is_the_kernel():
     params, plan, low = low_network(ratio=1.0)
     for path in NETWORK:

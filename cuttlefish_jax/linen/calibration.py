@@ -37,7 +37,7 @@ def watch_calls(model: nn.Module, kernels: Mapping[str, Kernel], *inputs: Any, *
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__" and args:
-            calls.normalised(args[0])
+            calls.normalised(args[0], context.module)
         result = next_fun(*args, **kwargs)
         if (path := _path(context, kernels)) is not None:
             calls.called(path, result)

@@ -20,7 +20,7 @@ from cuttlefish_jax.nnx.params import to_dict
 def _calibrate_nnx(
     model: nnx.Module, kernels: Mapping[str, Kernel], *inputs: Any, method: Any = None, **kwargs: Any
 ) -> dict[str, jax.Array]:
-    norms = {join(keys) for keys, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)}
+    norms = {join(keys): node for keys, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)}
     calls = Calls()
 
     def multiplies(layer: Any, method: str) -> bool:
@@ -28,7 +28,7 @@ def _calibrate_nnx(
 
     def watch(path: str, layer: Any, method: str, given: list[Any], result: Any) -> Any:
         if path in norms:
-            calls.normalised(given[0])
+            calls.normalised(given[0], norms[path])
         elif multiplies(layer, method):
             calls.called(path, result)
         return result

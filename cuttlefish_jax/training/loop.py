@@ -366,13 +366,14 @@ class _Run:
         summary = summarize(
             self.experiment, self.phase, self.progress, self.directory.read_log("metrics.jsonl")
         )
-        report.plot_ranks(
-            [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
-            self.directory.path / "ranks.png",
-            switch_epoch=self.progress.switch_epoch,
-            factorized=summary["ranks"] or None,
-            title=f"Stable ranks: {self.config.name}",
-        )
+        if self.directory.is_writer:
+            report.plot_ranks(
+                [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
+                self.directory.path / "ranks.png",
+                switch_epoch=self.progress.switch_epoch,
+                factorized=summary["ranks"] or None,
+                title=f"Stable ranks: {self.config.name}",
+            )
         self.directory.write_json("summary.json", summary)
         _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
         return summary

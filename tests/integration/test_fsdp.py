@@ -12,7 +12,12 @@ from cuttlefish_jax.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
 # Batch statistics of all devices, so that their number is of no account; and the ranks are measured.
-SETTINGS = {"model.sync_batch_norm": True, "optimizer.ema": 0.9, "data.train_examples": 160}
+SETTINGS = {
+    "model.sync_batch_norm": True,
+    "optimizer.ema": 0.9,
+    "data.train_examples": 160,
+    "plan.calibration_batches": 2,
+}
 ON_TWO_HOSTS = """
     import json, sys
     import jax

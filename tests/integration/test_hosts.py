@@ -39,6 +39,8 @@ def cache(tmp_path_factory):
 def finish(workdir, cache, config=CONFIG, **topology):
     with training_hosts(config, workdir, cache=cache, **topology) as hosts:
         assert [host.wait() for host in hosts] == [0] * len(hosts), hosts[0].output
+        assert hosts[0].written_in(workdir)
+        assert [line for host in hosts[1:] for line in host.written_in(workdir)] == []
         return hosts[0].output
 
 

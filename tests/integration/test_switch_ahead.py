@@ -30,8 +30,13 @@ def numbers(workdir):
     ]
 
 
-def test_programs_compiled_ahead_change_no_number(tiny_config, tmp_path):
-    fixed = {"plan.rank_rule": "rank_ratio", "optimizer.ema": 0.9}  # the same ranks whenever
+@pytest.mark.parametrize(
+    "whitened",
+    [{}, {"plan.calibration_batches": 2}, {"plan.calibration_batches": 1, "plan.budget": "flops:0.8"}],
+)
+def test_programs_compiled_ahead_change_no_number(tiny_config, tmp_path, whitened):
+    # The same ranks whenever.
+    fixed = {"plan.rank_rule": "rank_ratio", "optimizer.ema": 0.9, "switch.rank_tolerance": 0.9, **whitened}
     ahead = loop.run(tiny_config(**fixed), tmp_path / "ahead")
     there = loop.run(tiny_config(**fixed, **{"switch.compile_ahead": False}), tmp_path / "there")
     assert numbers(tmp_path / "ahead") == numbers(tmp_path / "there")

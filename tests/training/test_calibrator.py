@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,7 +13,7 @@ from test_recalibration import BATCH, DATA, FEATURES, TASK
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.training.calibration import Calibrator
-from cuttlefish_jax.training.parallelism import DataParallel, FullySharded
+from cuttlefish_jax.training.parallelism import AXIS, DataParallel, FullySharded
 from cuttlefish_jax.training.state import create_params, create_state
 from cuttlefish_jax.training.step import abstract
 
@@ -20,10 +21,12 @@ from cuttlefish_jax.training.step import abstract
 class Network(nn.Module):
     """Wide enough to be split over devices."""
 
+    axis_name: str | None = None
+
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Dense(256, name="up")(x)
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name, name="norm")(x)
         x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
         return nn.Dense(3, name="down")(x)
 
@@ -67,6 +70,20 @@ def test_the_mean_over_batches_and_devices(network, measured, layout):
         given = given.reshape(-1, given.shape[-1])
         expected = given.T @ given / len(given) @ params[path]["kernel"]
         np.testing.assert_allclose(calibration[path], expected, atol=1e-5 * np.max(np.abs(expected)))
+
+
+def test_where_statistics_are_those_of_all_devices_so_is_the_mean(network, measured):
+    state, _, _ = measured["pmap"]
+    model, kernels = Network(axis_name=AXIS), network[1]
+    calibration = Calibrator(TASK, model, kernels).measure(state, DATA, epoch=2, batches=1)
+    inputs = FEATURES.astype(np.float64)[np.asarray(next(DATA.epoch(2))["index"])].reshape(BATCH, -1)
+    given = inputs - inputs.mean(0)
+    expected = given.T @ given / BATCH @ np.asarray(state.params["up"]["kernel"], np.float64)
+    np.testing.assert_allclose(calibration["up"], expected, atol=1e-5 * np.max(np.abs(expected)))
+    # On one device, where there is no such axis.
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    alone = cf.calibrate(model, kernels, variables, jnp.asarray(inputs, jnp.float32))
+    np.testing.assert_allclose(alone["up"], expected, atol=1e-5 * np.max(np.abs(expected)))
 
 
 @pytest.mark.parametrize("layout", ["pmap", "fsdp"])
