@@ -6,11 +6,11 @@
 Trains on Fashion-MNIST with every method and seed, in turn, each run a process of train.py of its own.
 ``cuttlefish`` has the ranks of the paper's rule, which for a ViT is the larger of scaled stable and
 accumulative rank; ``scaled`` has scaled stable ranks alone, and ``budget`` as many parameters as --budget
-allows. The accuracy to reach is the mean of the full-rank network's last three test accuracies with the same
-seed, and "s to accuracy" the end of the first evaluated epoch that reaches it, or comes within 0.3 points of
-it. Time is that of training, of measuring ranks and layers, and of the switch, without compilation,
-evaluation and the writing of checkpoints. "stall s" is what the run waited for at the switch, compiling
-included.
+allows; ``whitened`` is that with ranks and factors that spare the layers' outputs, measured on ten batches.
+The accuracy to reach is the mean of the full-rank network's last three test accuracies with the same seed,
+and "s to accuracy" the end of the first evaluated epoch that reaches it, or comes within 0.3 points of it.
+Time is that of training, of measuring ranks and layers, and of the switch, without compilation, evaluation
+and the writing of checkpoints. "stall s" is what the run waited for at the switch, compiling included.
 
 The table is written anew after every run. Runs that are finished in --out are not run again. What follows
 ``--`` goes to every run.
@@ -32,7 +32,7 @@ from common import report
 
 ROOT = Path(__file__).parents[1]
 NEAR = 0.003  # accuracies that differ by no more are called equal
-METHODS = ("full_rank", "cuttlefish", "scaled", "budget")
+METHODS = ("full_rank", "cuttlefish", "scaled", "budget", "whitened")
 LAST = 3  # evaluated epochs whose mean is the final accuracy
 
 _SMALL = {"model.dtype": "float32", "data.train_examples": 2000, "epochs": 30, "evaluation.every_epochs": 3}
@@ -68,7 +68,11 @@ def settings(method: str, budget: str) -> dict[str, Any]:
     """What makes a configuration the method."""
     if method == "full_rank":
         return {"method": "full_rank", "profile.enabled": False}
-    ranks = {"scaled": {"plan.rank_rule": "scaled_stable_rank"}, "budget": {"plan.budget": budget}}
+    ranks: dict[str, dict[str, Any]] = {
+        "scaled": {"plan.rank_rule": "scaled_stable_rank"},
+        "budget": {"plan.budget": budget},
+        "whitened": {"plan.budget": budget, "plan.calibration_batches": 10},
+    }
     return {"method": "cuttlefish"} | ranks.get(method, {})
 
 

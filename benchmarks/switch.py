@@ -8,10 +8,11 @@ same batches, at the ranks of the Cuttlefish rule, or, with --full, at full rank
 what is left is what the switch does to training. ``no switch`` is the full-rank network going on. ``carried``
 is what the package does: balanced factors, the optimizer's state in factor space, the schedule going on.
 ``reset`` has a new optimizer at the same learning rate. ``x 1/3``, ``x 2``, ``restart`` and ``re-warm-up``
-are the published rates, with carried state. ``projected`` is ``cf.precondition_factors``, ``ScaledGD`` the
-same with ``once=False``, as published, at the learning rate and at half of it, which is half of it for all
-parameters. Of networks that are trained with Adam, ``projected`` and ``projected / 2`` have
-``normalized=True``, and ``before Adam`` preconditions the gradients instead of Adam's updates.
+are the published rates, with carried state. ``projected`` is ``cf.precondition_factors``, ``whitened`` with
+factors that spare the layers' outputs; ``ScaledGD`` is the same with ``once=False``, as published, at the
+learning rate and at half of it, which is half of it for all parameters. Of networks that are trained with
+Adam, ``projected`` and ``projected / 2`` have ``normalized=True``, and ``before Adam`` preconditions the
+gradients instead of Adam's updates.
 
 The bump after n steps is the mean loss of these steps on the training batches, in per cent above that of the
 same steps without a switch; given are the mean over the seeds, the lowest and the highest. The test loss is
@@ -46,6 +47,7 @@ from learning_rates import NETWORKS as SETTINGS
 
 import cuttlefish_jax as cf
 from cuttlefish_jax.files import replace_file
+from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.epoch import evaluate
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.method import plan_from_config
@@ -56,8 +58,12 @@ from cuttlefish_jax.training.step import make_eval_step, make_train_step
 
 NETWORKS = ("resnet18", "deit_tiny", "resmlp_s12")
 # Trained to the end of the run; the others for the steps around the switch alone.
-TO_THE_END = ("no switch", "carried", "reset", "x 1/3", "projected", "projected / 2", "ScaledGD / 2")
-BEFORE, AROUND, RECALIBRATION_BATCHES = 100, 200, 10
+TO_THE_END = (
+    *("no switch", "carried", "reset", "x 1/3"),
+    *("projected", "projected / 2", "projected, whitened", "ScaledGD / 2"),
+)
+# Batches that batch statistics are estimated on anew, and that show what layers are given.
+BEFORE, AROUND, CALIBRATION_BATCHES = 100, 200, 10
 # What the switch does to the learning rate: config.switch.learning_rate and .learning_rate_factor.
 RATES = {
     "continue": ("continue", 1.0),
@@ -77,6 +83,7 @@ WAYS = {
     "re-warm-up": ("plain", "re-warm-up"),
     "projected": ("projected", "continue"),
     "projected / 2": ("projected", "x 1/2"),
+    "projected, whitened": ("projected", "continue"),
 }
 SGD_WAYS = WAYS | {"ScaledGD": ("scaled", "continue"), "ScaledGD / 2": ("scaled", "x 1/2")}
 ADAM_WAYS = WAYS | {"before Adam": ("before", "continue")}
@@ -182,11 +189,23 @@ class Continuations:
     def _total(self) -> int:
         return self.config.epochs * self.steps
 
+    @functools.cached_property
+    def _calibration(self) -> dict[str, jax.Array]:
+        calibrator = Calibrator(self.experiment.task, self.experiment.model, self.experiment.kernels)
+        epoch = self.config.switch.epoch
+        return calibrator.measure(self.full, self.experiment.train, epoch=epoch, batches=CALIBRATION_BATCHES)
+
     def way(self, name: str) -> dict[str, Any]:
         """How training goes on: losses of its steps, results on the test data."""
         kind, rate = self.ways[name]
         tx, step = self._step(kind)
-        state = cf.switch(copied(self.full), self.plan, tx, apply_fn=self.low.apply)
+        state = cf.switch(
+            copied(self.full),
+            self.plan,
+            tx,
+            apply_fn=self.low.apply,
+            calibration=self._calibration if "whitened" in name else None,
+        )
         if name == "reset":
             state = state.replace(opt_state=tx.init(state.params))
         count = list(RATES).index(rate) * self._total + self.switch_step
@@ -202,7 +221,7 @@ class Continuations:
             state,
             self.experiment.train,
             epoch=self.config.switch.epoch,
-            batches=RECALIBRATION_BATCHES if name == "carried" else 0,
+            batches=CALIBRATION_BATCHES if name == "carried" else 0,
         )
         tested = self._test(self.eval_low, anew)
         return self._goes_on(name, step, self.eval_low, state) | {"recalibrated": tested}
