@@ -12,6 +12,7 @@ of one's own that does more to the product than to add a bias, the moments are a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -60,28 +61,40 @@ def calibrate(model: Any, kernels: Mapping[str, Kernel], *inputs: Any, **kwargs:
     raise TypeError(f"calibrate needs a Flax module, got {type(model).__name__}")
 
 
+@dataclasses.dataclass(frozen=True)
 class Calls:
-    """What a first, abstract call of a model shows of its layers' calls.
+    """What an abstract call of a model shows of its layers.
 
     Attributes:
       seen: the paths of the layers that were called.
-      norms: of those whose outputs a batch norm takes as they are, this batch norm.
+      normed: of those whose outputs a batch norm takes as they are, the axis of devices that share its
+        statistics, and their groups, or None.
     """
 
+    seen: frozenset[str]
+    normed: Mapping[str, tuple[Any, Any]]
+
+
+class CallLog:
+    """Told of the calls while they are traced; layers and batch norms are those of Linen or NNX."""
+
     def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self.norms: dict[str, Any] = {}
         self._results: dict[int, tuple[str, Any]] = {}  # with the result, lest another gets its id
+        self._normed: dict[str, tuple[Any, Any]] = {}
 
     def called(self, path: str, result: Any) -> None:
         """Notes the call of a layer."""
-        self.seen.add(path)
         self._results[id(result)] = path, result
 
     def normalised(self, value: Any, norm: Any) -> None:
         """Notes the call of a batch norm."""
         if id(value) in self._results:
-            self.norms[self._results[id(value)][0]] = norm
+            path, _ = self._results[id(value)]
+            self._normed[path] = norm.axis_name, norm.axis_index_groups
+
+    def calls(self) -> Calls:
+        """What there was, without what holds on to the trace."""
+        return Calls(frozenset(path for path, _ in self._results.values()), dict(self._normed))
 
 
 def observed(result: Array, offset: Array, param: Array, kernel: Kernel, calls: Calls) -> Array:
@@ -96,18 +109,18 @@ def observed(result: Array, offset: Array, param: Array, kernel: Kernel, calls: 
     """
     features = param.size // kernel.m  # of one position; of all matrices, if the kernel has batch axes
     z = jax.lax.stop_gradient(result - offset)
-    if (norm := calls.norms.get(kernel.path)) is not None:
-        z -= _mean(z, norm)
+    if kernel.path in calls.normed:
+        z -= _mean(z, *calls.normed[kernel.path])
     return _with_gradient(result, z * (features / z.size))
 
 
-def _mean(z: Array, norm: Any) -> Array:
+def _mean(z: Array, axis_name: Any, groups: Any) -> Array:
     """That which a batch norm takes away: over the devices that share their statistics, if any do."""
     mean = jnp.mean(z, axis=range(z.ndim - 1))
-    if norm.axis_name is None:
+    if axis_name is None:
         return mean
     try:
-        return jax.lax.pmean(mean, norm.axis_name, axis_index_groups=norm.axis_index_groups)
+        return jax.lax.pmean(mean, axis_name, axis_index_groups=groups)
     except NameError:  # evaluated on one device, which has no such axis
         return mean
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import core
 
-from cuttlefish_jax.calibration import Calls, calibrate, nothing_of, observed, of_kernels
+from cuttlefish_jax.calibration import CallLog, Calls, calibrate, nothing_of, observed, of_kernels
 from cuttlefish_jax.kernels import Kernel, subtree, unboxed
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.tracing import FLAG, Unique, trace, unbound
@@ -33,18 +33,18 @@ def _calibrate_linen(
 
 def watch_calls(model: nn.Module, kernels: Mapping[str, Kernel], *inputs: Any, **kwargs: Any) -> Calls:
     """What :func:`observe` has to know of a model's calls: from an abstract run, with no params."""
-    calls = Calls()
+    log = CallLog()
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__" and args:
-            calls.normalised(args[0], context.module)
+            log.normalised(args[0], context.module)
         result = next_fun(*args, **kwargs)
         if (path := _path(context, kernels)) is not None:
-            calls.called(path, result)
+            log.called(path, result)
         return result
 
     trace(model, inputs, kwargs, intercept)
-    return calls
+    return log.calls()
 
 
 def observe(

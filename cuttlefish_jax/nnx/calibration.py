@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cuttlefish_jax.calibration import Calls, calibrate, nothing_of, observed, of_kernels
+from cuttlefish_jax.calibration import CallLog, calibrate, nothing_of, observed, of_kernels
 from cuttlefish_jax.kernels import Kernel, subtree
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.nnx.find import Observer, bound, join, watched
@@ -21,16 +21,16 @@ def _calibrate_nnx(
     model: nnx.Module, kernels: Mapping[str, Kernel], *inputs: Any, method: Any = None, **kwargs: Any
 ) -> dict[str, jax.Array]:
     norms = {join(keys): node for keys, node in nnx.iter_graph(model) if isinstance(node, nnx.BatchNorm)}
-    calls = Calls()
+    log = CallLog()
 
     def multiplies(layer: Any, method: str) -> bool:
         return method == "__call__" and not LAYER_TYPES[type(layer)].lookup
 
     def watch(path: str, layer: Any, method: str, given: list[Any], result: Any) -> Any:
         if path in norms:
-            calls.normalised(given[0], norms[path])
+            log.normalised(given[0], norms[path])
         elif multiplies(layer, method):
-            calls.called(path, result)
+            log.called(path, result)
         return result
 
     def observe(path: str, layer: Any, method: str, given: list[Any], result: Any) -> Any:
@@ -48,6 +48,7 @@ def _calibrate_nnx(
         return nothing, params
 
     jax.eval_shape(*function_of_params({*kernels, *norms}, Observer(watch)))
+    calls = log.calls()
     nothing, params = function_of_params({*kernels}, Observer(observe))
     gradients = to_dict(jax.grad(nothing, allow_int=True)(params))
 
