@@ -111,7 +111,7 @@ def observed(result: Array, offset: Array, param: Array, kernel: Kernel, calls: 
     z = jax.lax.stop_gradient(result - offset)
     if kernel.path in calls.normed:
         z -= _mean(z, *calls.normed[kernel.path])
-    return _with_gradient(result, z * (features / z.size))
+    return _with_gradient(result, z * (features / max(z.size, 1)))
 
 
 def _mean(z: Array, axis_name: Any, groups: Any) -> Array:

@@ -51,7 +51,7 @@ def observe(
     model: nn.Module, kernels: Mapping[str, Kernel], calls: Calls, variables: Any, *inputs: Any, **kwargs: Any
 ) -> jax.Array:
     """Zero; its gradient by the params is, in the places of the kernels, their calibration."""
-    inside: list[str] = []
+    inside: list[str] = []  # the layer that is called once more, for its offset
 
     def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         result, path = next_fun(*args, **kwargs), _path(context, kernels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +58,9 @@ class Calibrator:
             return layout.mean(jax.grad(layout.whole(nothing))(params)), ()
 
         self.step = Compiled(layout.program(step, gives_gradients=True), num_shapes=task.num_lengths)
+        # One sum at a time: a tree of every batch would be as many times the parameters.
+        self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+        self._mean: Any = None
 
     def measure(
         self, state: TrainState, data: TrainInput, *, epoch: int, batches: int
@@ -69,22 +71,23 @@ class Calibrator:
           state: of the full-rank phase; not donated.
           data: the training input.
           epoch: whose first batches are taken, those that training is going to see.
-          batches: how many, at most an epoch's.
+          batches: how many, at least 1; at most those of an epoch are taken.
 
         Returns:
           ``{path: f32}``, of the kernels' shapes, and lying as they do.
         """
-        # One sum at a time: a tree of every batch would be as many times the parameters.
-        add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-        taken = list(itertools.islice(data.epoch(epoch), batches))
-        total = functools.reduce(add, (self.step(state, data.resident, batch) for batch in taken))
+        total, number = None, 0
+        for batch in itertools.islice(data.epoch(epoch), batches):
+            found = self.step(state, data.resident, batch)
+            total, number = found if total is None else self._add(total, found), number + 1
+        if self._mean is None:
+            shardings = {path: leaf.sharding for path, leaf in self.abstract(abstract(state)).items()}
+            self._mean = jax.jit(self._mean_of_kernels, out_shardings=shardings)
+        return self._mean(total, number)
 
-        def mean(total: Any) -> dict[str, jax.Array]:
-            of_kernels = kernel_gradients(total, self._kernels, self._calls)
-            return {path: of_kernel / len(taken) for path, of_kernel in of_kernels.items()}
-
-        shardings = {path: leaf.sharding for path, leaf in self.abstract(abstract(state)).items()}
-        return jax.jit(mean, out_shardings=shardings)(total)
+    def _mean_of_kernels(self, total: Any, number: Any) -> dict[str, jax.Array]:
+        of_kernels = kernel_gradients(total, self._kernels, self._calls)
+        return {path: of_kernel / number for path, of_kernel in of_kernels.items()}
 
     def compile_for(self, state: TrainState, inputs: Sequence[tuple[Any, ...]]) -> None:
         """Compiles for a state and data, all abstract, unless it is compiled for some already."""

@@ -16,6 +16,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.training import report, resuming
 from cuttlefish_jax.training.agreement import RANK_TOLERANCE, agree, agreed_outcome, first_hosts
 from cuttlefish_jax.training.calibration import Calibrator
+from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
@@ -59,6 +60,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with shared_workdir(workdir, config) as directory:
         belongs = {"ignore": _MAY_CHANGE, "defaults": default_config()}
+        with agreed_outcome():
+            check_config(config)
         if directory.is_finished:
             directory.check(config, **belongs)
             _say(f"{directory.path} is finished: see summary.json there, or give another --workdir")

@@ -61,6 +61,8 @@ def test_a_run_leaves_every_artifact(tiny_config, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(WorkdirError, match=r"other settings: seed \(there 0, here 1\)"):
         run(tiny_config(seed=1), tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.parallelism = 'fsdpp': it must be one of pmap, fsdp"):
+        run(tiny_config(parallelism="fsdpp"), tmp_path)
 
 
 def test_full_rank_never_switches(tiny_config, tmp_path):
