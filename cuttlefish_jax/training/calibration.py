@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Calibrator:
         # One sum at a time: a tree of every batch would be as many times the parameters.
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._mean: Any = None
+        self._lock = threading.Lock()
 
     def measure(
         self, state: TrainState, data: TrainInput, *, epoch: int, batches: int
@@ -78,7 +80,8 @@ class Calibrator:
         """
         total, number = None, 0
         for batch in itertools.islice(data.epoch(epoch), batches):
-            found = self.step(state, data.resident, batch)
+            with self._lock:  # waits for what another thread compiles
+                found = self.step(state, data.resident, batch)
             total, number = found if total is None else self._add(total, found), number + 1
         if self._mean is None:
             shardings = {path: leaf.sharding for path, leaf in self.abstract(abstract(state)).items()}
@@ -90,10 +93,11 @@ class Calibrator:
         return {path: of_kernel / number for path, of_kernel in of_kernels.items()}
 
     def compile_for(self, state: TrainState, inputs: Sequence[tuple[Any, ...]]) -> None:
-        """Compiles for a state and data, all abstract, unless it is compiled for some already."""
-        if not self.step.inputs:
-            for data in inputs:
-                self.step.compile_for(state, *data)
+        """Compiles for a state and data, all abstract, that it is not compiled for; in any thread."""
+        for data in inputs:
+            with self._lock:
+                if data not in self.step.inputs:
+                    self.step.compile_for(state, *data)
 
     def abstract(self, state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and shardings of what :meth:`measure` returns, for an abstract state."""

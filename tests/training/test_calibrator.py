@@ -1,6 +1,7 @@
 """What layers are given in training batches, on eight devices, whole or split over them, against NumPy."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -115,7 +116,20 @@ def test_split_kernels_are_whitened_in_their_places(network, measured):
 
 def test_it_is_compiled_once(measured):
     state, calibrator, _ = measured["pmap"]
-    before = calibrator.step.compile_seconds
-    calibrator.compile_for(abstract(state), calibrator.step.inputs)
+    (inputs,), before = calibrator.step.inputs, calibrator.step.compile_seconds
+    calibrator.compile_for(abstract(state), [inputs])
+    assert calibrator.step.inputs == [inputs]
     calibrator.measure(state, DATA, epoch=1, batches=1)
     assert calibrator.step.compile_seconds == before
+
+
+def test_it_is_compiled_by_one_thread_for_another(network, measured):
+    state, other, expected = measured["pmap"]
+    calibrator = Calibrator(TASK, *network)
+    with ThreadPoolExecutor() as pool:
+        ahead = pool.submit(calibrator.compile_for, abstract(state), other.step.inputs)
+        found = calibrator.measure(state, DATA, epoch=2, batches=2)
+        ahead.result()
+    assert calibrator.step.inputs == other.step.inputs
+    for path, values in found.items():
+        np.testing.assert_array_equal(values, expected[path])
