@@ -111,6 +111,11 @@ def _fill_up(costs, energies, chosen: list[int], budget: float) -> list[int]:
         _, layer, option = heapq.heappop(queue)
         more = costs[layer][option] - costs[layer][chosen[layer]]
         if more <= left:  # or the queue's entry is older than other steps that were taken since
-            chosen[layer], left = option, left - more
+            raised = [*chosen[:layer], option, *chosen[layer + 1 :]]
+            spent = _total(costs, raised)
+            if spent <= budget:
+                chosen, left = raised, budget - spent
+            else:  # what was left had been rounded up: no step of this cost fits
+                left = float(np.nextafter(more, -np.inf))
         enqueue(layer)
     return chosen

@@ -3,7 +3,7 @@
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cuttlefish_jax.plan.water_filling import water_fill
@@ -39,6 +39,7 @@ seeds = st.integers(0, 10**6)
 
 @settings(max_examples=150, deadline=None)
 @given(seeds, st.booleans())
+@example(1612, True)  # what was left had been rounded up
 def test_it_keeps_the_most_energy_that_the_budget_can_buy(seed, whole):
     rng = np.random.default_rng(seed)
     costs, energies = zip(*(ranks_of(rng, whole=whole) for _ in range(4)), strict=True)
