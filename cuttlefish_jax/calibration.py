@@ -57,6 +57,10 @@ def calibrate(model: Any, kernels: Mapping[str, Kernel], *inputs: Any, **kwargs:
       True
       >>> plan = cf.FactorizationPlan.from_ranks(kernels, {"": 2})
       >>> low = cf.factorize_params(variables["params"], plan, calibration=calibration)
+
+    References:
+      Wang et al., `SVD-LLM <https://arxiv.org/abs/2403.07378>`_, ICLR 2025, section 3: what is measured on
+      batches there, and why.
     """
     raise TypeError(f"calibrate needs a Flax module, got {type(model).__name__}")
 

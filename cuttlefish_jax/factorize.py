@@ -21,6 +21,7 @@ from cuttlefish_jax.kernels import (
     Kernel,
     check_kernel,
     is_box,
+    kernel_array,
     kernel_matrix,
     kernel_sides,
     reboxed,
@@ -57,8 +58,8 @@ def factorize(model: Any, plan: FactorizationPlan, *, calibration: Mapping[str, 
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
-      ValueError: if the model is factorized already, or if the plan was made for another model (of a Linen
-        module, that is when it is first initialised).
+      ValueError: if the model is factorized already, if a Linen module is given with a calibration, or if the
+        plan was made for another model (of a Linen module, that is when it is first initialised).
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -117,7 +118,7 @@ def factorize_params(
     for kernel in kernels:
         check_kernel(params, kernel)
     factors = _balanced_factors(
-        {kernel.path: unboxed(subtree(params, kernel.path)[kernel.param]) for kernel in kernels},
+        {kernel.path: kernel_array(params, kernel) for kernel in kernels},
         plan,
         None if calibration is None else checked_calibration(calibration, kernels),
     )

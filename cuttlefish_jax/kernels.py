@@ -322,7 +322,12 @@ def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
 def kernel_sides(params: Params, kernel: Kernel) -> Array:
     """The same in the kernel's own axes, ``[*stack, *rows, *columns]``, see :meth:`Kernel.to_sides`."""
     check_kernel(params, kernel)
-    return kernel.to_sides(unboxed(subtree(params, kernel.path)[kernel.param]))
+    return kernel.to_sides(kernel_array(params, kernel))
+
+
+def kernel_array(tree: Params, kernel: Kernel) -> Any:
+    """The leaf in the kernel's place in a tree of the params' structure, out of its box if it is in one."""
+    return unboxed(subtree(tree, kernel.path)[kernel.param])
 
 
 def unboxed(leaf: Any) -> Any:

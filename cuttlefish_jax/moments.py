@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from optax import MaskedNode
 
 from cuttlefish_jax.factorize import factor_sides, shape_factors, split_layers
-from cuttlefish_jax.kernels import Kernel, subtree, unboxed
+from cuttlefish_jax.kernels import Kernel, kernel_array
 from cuttlefish_jax.matrices import gram, map_matrices, tensordot
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
@@ -58,7 +58,7 @@ def project_second_moment(
     factors = factor_sides(params_low, plan)
     if momentum is None:
         return _project(tree, factors, plan, _second_moment)
-    leaves = {path: unboxed(subtree(momentum, path)[plan.kernels[path].param]) for path in plan.ranks}
+    leaves = {path: kernel_array(momentum, plan.kernels[path]) for path in plan.ranks}
     triples = {
         # What is masked in one is so in the other.
         path: pair
@@ -129,7 +129,7 @@ def _each(fn: Callable, kernel: Kernel) -> Callable:
 
 
 def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
-    leaves = {path: unboxed(subtree(tree, path)[plan.kernels[path].param]) for path in plan.ranks}
+    leaves = {path: kernel_array(tree, plan.kernels[path]) for path in plan.ranks}
     present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
     halves = _split_all(present, factors, plan, split)
     return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_sides, subtree, unboxed
+from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_array, kernel_sides
 from cuttlefish_jax.lanczos import largest_gram_eigenvalue
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
 from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides
@@ -257,7 +257,7 @@ def _warm_stable_ranks(
         check_kernel(params, kernel)
 
     def run(params: Params, vectors: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        leaves = [unboxed(subtree(params, kernel.path)[kernel.param]) for kernel in kernels]
+        leaves = [kernel_array(params, kernel) for kernel in kernels]
         arrays = [leaf.astype(jnp.float32) for leaf in leaves]
         largest, traces, new, _ = leading_eigenvalues(arrays, kernels, vectors)
         return tuple(_ratio(*pair, pair[0]) for pair in zip(traces, largest, strict=True)), tuple(new)

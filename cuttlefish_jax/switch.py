@@ -16,7 +16,7 @@ from optax import MaskedNode
 
 from cuttlefish_jax import moments
 from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
-from cuttlefish_jax.kernels import subtree, unboxed
+from cuttlefish_jax.kernels import kernel_array
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 # What the fields of optax's states that have the structure of the params mean: there is no other mark of it.
@@ -143,7 +143,7 @@ def carry_opt_state(
 
     def can_project(node: Any) -> bool:
         # Not the rows' sums of a factored second moment, or one number for a layer.
-        kernels = [(path, unboxed(subtree(node, path)[plan.kernels[path].param])) for path in plan.ranks]
+        kernels = [(path, kernel_array(node, plan.kernels[path])) for path in plan.ranks]
         return all(
             isinstance(leaf, MaskedNode) or jnp.shape(leaf) == plan.kernels[path].shape
             for path, leaf in kernels

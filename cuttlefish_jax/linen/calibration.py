@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import core
 
 from cuttlefish_jax.calibration import CallLog, Calls, calibrate, nothing_of, observed, of_kernels
-from cuttlefish_jax.kernels import Kernel, subtree, unboxed
+from cuttlefish_jax.kernels import Kernel, kernel_array, unboxed
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.tracing import FLAG, Unique, trace, unbound
 
@@ -69,7 +69,7 @@ def observe(
 
 def kernel_gradients(gradients: Any, kernels: Mapping[str, Kernel], calls: Calls) -> dict[str, jax.Array]:
     """The calibration by the gradient of :func:`observe`."""
-    return of_kernels(lambda kernel: unboxed(subtree(gradients, kernel.path)[kernel.param]), kernels, calls)
+    return of_kernels(lambda kernel: kernel_array(gradients, kernel), kernels, calls)
 
 
 def _path(context: Any, kernels: Mapping[str, Kernel]) -> str | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.kernels import subtree, unboxed
+from cuttlefish_jax.kernels import kernel_array
 from cuttlefish_jax.linen.calibration import kernel_gradients, observe, watch_calls
 from cuttlefish_jax.training.data import TrainInput, materialize
 from cuttlefish_jax.training.parallelism import DataParallel, Layout
@@ -101,9 +101,7 @@ class Calibrator:
 
     def abstract(self, state: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and shardings of what :meth:`measure` returns, for an abstract state."""
-        params = {
-            path: unboxed(subtree(state.params, path)[kernel.param]) for path, kernel in self._kernels.items()
-        }
+        params = {path: kernel_array(state.params, kernel) for path, kernel in self._kernels.items()}
         return {
             path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
             for path, leaf in params.items()
