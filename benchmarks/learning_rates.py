@@ -2,7 +2,7 @@
 
     python benchmarks/learning_rates.py [--seeds 3] [--networks resnet18 deit_tiny resmlp_s12] [--json FILE]
     python benchmarks/learning_rates.py --networks bert_base --weights FOLDER [--data_dir FOLDER]
-    python benchmarks/learning_rates.py --networks deit_tiny resmlp_s12 --control
+    python benchmarks/learning_rates.py --networks deit_tiny resmlp_s12 --control [as above for bert_base]
 
 Each way continues the same training (same seed, same switch, same ranks). ``projected`` is the default: the
 schedule goes on, and the factors are preconditioned. The others have plain factors: ``continue`` lets the
@@ -73,6 +73,7 @@ TEXTS = {
 CONTROL = {
     "deit_tiny": ("block[2-4]/*", "block1/attention/*", "block1/mlp/fc2"),
     "resmlp_s12": ("block[2-4]/*", "block1/token_mixing", "block1/mlp/fc2"),
+    "bert_base": ("layer[2-6]/*", "layer1/attention/*", "layer1/ffn/output", "pooler"),
 }
 # The peaks are the best ones of full-rank training, among 3, 1, 0.3 ... times the recipe's.
 NETWORKS = {
@@ -118,7 +119,7 @@ if __name__ == "__main__":
     weights = dict.fromkeys(("model.pretrained", "model.config_file"), arguments.weights)
     places = weights | {"data.data_dir": arguments.data_dir}
     if arguments.control and not set(arguments.networks) <= set(CONTROL):
-        parser.error(f"--control is of {' and '.join(CONTROL)} alone")
+        parser.error(f"--control is of {', '.join(CONTROL)} alone")
     rows = []
     for network in arguments.networks:
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments.ways}

@@ -43,7 +43,7 @@ def test_what_is_not_finite_stays_with_its_matrix():
     assert [float(x) for x in map_matrices(jnp.max, matrices)][::2] == [np.inf, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_one_program_does_not_wait_for_itself():
     """Ten batches of decompositions side by side would stop jaxlib 0.10 for ever on two cores."""
     subprocess.run([sys.executable, "-c", DECOMPOSE], check=True, timeout=300)

@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from faults import DAMAGES, STOPS, Fault
@@ -23,16 +23,22 @@ from trainer import ROOT, Trainer, environment
 FAULTS_IN_A_RUN = 5
 
 
-def inject(run: Trainer, faults: Sequence[Fault], limit: int, rng: random.Random) -> list[Fault]:
-    """Does up to so many random things to a run, then lets it come to its end; what was done."""
+def inject(run: Trainer, faults: Iterator[Fault], limit: int, rng: random.Random) -> list[Fault]:
+    """Does up to so many things to a run, then lets it come to its end; what was done."""
     done: list[Fault] = []
     while len(done) < limit and not run.is_finished:
-        fault = rng.choice(faults)
+        fault = next(faults)
         if fault(run, rng):
             done.append(fault)
     ended = run.finish()
     assert ended.returncode == 0, (done, ended.stdout, ended.stderr)
     return done
+
+
+def shuffled(faults: Sequence[Fault], rng: random.Random) -> Iterator[Fault]:
+    """All kinds in a random order, again and again: none is left out by chance."""
+    while True:
+        yield from rng.sample(faults, len(faults))
 
 
 def _main() -> None:
@@ -47,6 +53,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     faults = [known[name] for name in arguments.only or known]
+    kinds = shuffled(faults, rng)
     injected, survived, runs = Counter[Fault](), Counter[Fault](), 0
     with tempfile.TemporaryDirectory() as folder:
         env = environment(Path(folder) / "cache")
@@ -54,7 +61,7 @@ def _main() -> None:
         assert unbroken.finish().returncode == 0
         while injected.total() < arguments.faults:
             broken = Trainer(Path(folder) / f"broken {runs}", env)
-            done = inject(broken, faults, FAULTS_IN_A_RUN, rng)
+            done = inject(broken, kinds, FAULTS_IN_A_RUN, rng)
             same = broken.numbers() == unbroken.numbers()
             runs += 1
             injected.update(done)

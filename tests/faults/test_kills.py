@@ -13,7 +13,7 @@ from faults import (
     killed_in_training,
     killed_while_saving,
 )
-from harness import inject
+from harness import inject, shuffled
 from trainer import Trainer, environment
 
 
@@ -53,16 +53,17 @@ def test_killed_at_30_random_moments(unbroken, tmp_path):
     rng, kills = random.Random(0), 0
     while kills < 30:
         broken = Trainer(tmp_path / f"broken {kills}", unbroken.environment)
-        kills += len(inject(broken, [killed_anywhere], 5, rng))
+        kills += len(inject(broken, shuffled([killed_anywhere], rng), 5, rng))
         assert broken.numbers() == unbroken.numbers()
 
 
 @pytest.mark.large
 def test_faults_of_every_kind(unbroken, tmp_path):
     rng, done = random.Random(1), set()
+    kinds = shuffled([*STOPS, *DAMAGES], rng)
     for run in range(100):
         broken = Trainer(tmp_path / f"broken {run}", unbroken.environment)
-        done.update(inject(broken, [*STOPS, *DAMAGES], 5, rng))
+        done.update(inject(broken, kinds, 5, rng))
         assert broken.numbers() == unbroken.numbers()
         if done == {*STOPS, *DAMAGES}:
             return

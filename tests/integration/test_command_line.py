@@ -37,7 +37,8 @@ assert not {"cuttlefish_jax", "flax", "orbax"} & set(sys.modules)
 
 
 def test_from_training_to_serving(tmp_path):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    quick = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | quick
 
     def python(*arguments, status=0):
         done = subprocess.run(

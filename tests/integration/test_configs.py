@@ -56,8 +56,8 @@ def some(names, *, large):
     return [pytest.param(name, marks=[pytest.mark.large] if name in large else []) for name in names]
 
 
-# Of the large ones here, the recipes are in test_imagenet_runs.py.
-@pytest.mark.parametrize("name", some(NETWORKS, large={"wide_resnet50_2", "resnet50", "deit_base"}))
+# VGG is tried nowhere else; the quickstart has the ResNet, test_imagenet_runs.py the recipes of others.
+@pytest.mark.parametrize("name", some(NETWORKS, large=NETWORKS.keys() - {"vgg19"}))
 def test_small_images(name, tmp_path):
     config = small(name, "digits", **NETWORKS[name])
     summary = run(config, tmp_path)
@@ -65,6 +65,8 @@ def test_small_images(name, tmp_path):
     check(summary, tmp_path)
 
 
+# A few steps of the same are in tests/training/test_parallelism.py.
+@pytest.mark.large
 def test_gradients_of_parts_of_a_batch_are_those_of_the_batch(tmp_path):
     """Of a network without batch norm, which would normalise every part by itself."""
     exact = {"model.drop_path": 0.0, "data.mixup": 0.0, "data.cutmix": 0.0, "model.dtype": "float32"}
@@ -79,7 +81,8 @@ def test_gradients_of_parts_of_a_batch_are_those_of_the_batch(tmp_path):
     np.testing.assert_allclose(in_parts, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "fashion_mnist"])
+# .ci/run has the quickstart itself.
+@pytest.mark.parametrize("name", some(["quickstart", "fashion_mnist"], large={"quickstart"}))
 def test_examples_of_the_readme(name, tmp_path):
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
@@ -92,7 +95,9 @@ def test_examples_of_the_readme(name, tmp_path):
 METHODS = ["pufferfish", "si_fd", "vanilla_stable_rank", "accumulative_rank", "energy"]
 
 
-@pytest.mark.parametrize("method", some(METHODS, large={"vanilla_stable_rank", "accumulative_rank"}))
+@pytest.mark.parametrize(
+    "method", some(METHODS, large={"vanilla_stable_rank", "accumulative_rank", "energy"})
+)
 def test_every_method_switches(method, tiny_config, tmp_path):
     config = tiny_config(
         **{

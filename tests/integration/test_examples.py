@@ -34,7 +34,10 @@ def run_example(name, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "width"), [("nnx_loop", 256), ("linen_loop", 32), ("scan_model", 128)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("nnx_loop", 256), ("linen_loop", 32), pytest.param("scan_model", 128, marks=pytest.mark.large)],
+)
 def test_a_loop_switches_and_learns(name, width):
     output, full, low = run_example(name, "--epochs", 16, "--width", width)
     assert low < full

@@ -72,7 +72,7 @@ def small(name, data_dir, **changes):
     return config
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param("resnet50", marks=pytest.mark.large), "deit_base"])
 def test_the_recipe_goes_through_the_switch_and_names_every_damaged_image_once(
     name, prepared, tmp_path, caplog
 ):

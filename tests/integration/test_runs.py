@@ -108,10 +108,17 @@ def test_a_plan_that_shrinks_nothing_stays_full_rank(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"plan.extra_batch_norm": True, "model.sync_batch_norm": True},
-        {"optimizer.frobenius_decay": 1e-4, "optimizer.ema": 0.9, "optimizer.clip_norm": 1.0},
-        {"model.dtype": "bfloat16", "loss.label_smoothing": 0.1, "data.on_device": False},
         {
+            "plan.extra_batch_norm": True,
+            "model.sync_batch_norm": True,
+            "optimizer.frobenius_decay": 1e-4,
+            "optimizer.ema": 0.9,
+            "optimizer.clip_norm": 1.0,
+        },
+        {
+            "model.dtype": "bfloat16",
+            "loss.label_smoothing": 0.1,
+            "data.on_device": False,
             "optimizer.name": "adamw",
             "switch.optimizer": "reset",
             "switch.learning_rate": "rewarmup",

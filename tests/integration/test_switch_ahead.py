@@ -32,7 +32,11 @@ def numbers(workdir):
 
 @pytest.mark.parametrize(
     "whitened",
-    [{}, {"plan.calibration_batches": 2}, {"plan.calibration_batches": 1, "plan.budget": "flops:0.8"}],
+    [
+        {},
+        {"plan.calibration_batches": 1, "plan.budget": "flops:0.8"},
+        pytest.param({"plan.calibration_batches": 2}, marks=pytest.mark.large),
+    ],
 )
 def test_programs_compiled_ahead_change_no_number(tiny_config, tmp_path, whitened):
     # The same ranks whenever.

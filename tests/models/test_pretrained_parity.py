@@ -83,20 +83,25 @@ def check_images(name, module, *, size, **options):
     assert_close(run(model.apply, variables, images), theirs)
 
 
+def large(*values):
+    """Parameters for the large suite: sizes of what others here are too."""
+    return [pytest.param(value, marks=pytest.mark.large) for value in values]
+
+
 def test_resnet18():
     models = import_or_skip("torchvision").models
     check_images("resnet18", models.resnet18(), size=64, stem="imagenet")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", *large("resnet101", "wide_resnet50_2")])
 def test_other_resnets(name):
     models = import_or_skip("torchvision").models
     check_images(name, getattr(models, name)(), size=64, stem="imagenet")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [224, 64])
+@pytest.mark.parametrize("size", [64, *large(224)])
 def test_vgg19(size):
     models = import_or_skip("torchvision").models
     check_images("vgg19", models.vgg19_bn(), size=size, stem="imagenet")
@@ -104,18 +109,11 @@ def test_vgg19(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        ("deit_tiny", "deit_tiny_patch16_224"),
-        ("deit_small", "deit_small_patch16_224"),
-        ("deit_base", "deit_base_patch16_224"),
-        ("resmlp_s12", "resmlp_12_224"),
-        ("resmlp_s24", "resmlp_24_224"),
-        ("resmlp_s36", "resmlp_36_224"),
-    ],
+    "name", ["deit_tiny", "resmlp_s12", *large("deit_small", "deit_base", "resmlp_s24", "resmlp_s36")]
 )
-def test_deit_and_resmlp(name, theirs):
+def test_deit_and_resmlp(name):
     timm = import_or_skip("timm")
+    theirs = f"{name}_patch16_224" if name.startswith("deit") else f"{name.replace('_s', '_')}_224"
     check_images(name, timm.create_model(theirs, pretrained=False), size=224)
 
 

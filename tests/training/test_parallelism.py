@@ -119,12 +119,14 @@ CASES = {
 }
 
 
-_SLOW = ("frobenius", "preconditioned", "adamw, frozen, in parts")
+_MARKS = {
+    "preconditioned": [pytest.mark.slow],
+    "adamw, frozen, in parts": [pytest.mark.slow],
+    "frobenius": [pytest.mark.large],
+}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=_MARKS.get(name, ())) for name in CASES])
 def test_a_split_state_takes_the_steps_of_a_whole_one(case, task):
     settings, model_options, options, is_low = CASES[case]
     model = Network(**model_options)
