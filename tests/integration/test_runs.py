@@ -111,11 +111,11 @@ def test_a_plan_that_shrinks_nothing_stays_full_rank(tiny_config, tmp_path):
         {
             "plan.extra_batch_norm": True,
             "model.sync_batch_norm": True,
-            "optimizer.frobenius_decay": 1e-4,
             "optimizer.ema": 0.9,
             "optimizer.clip_norm": 1.0,
         },
         {
+            "optimizer.frobenius_decay": 1e-4,
             "model.dtype": "bfloat16",
             "loss.label_smoothing": 0.1,
             "data.on_device": False,
