@@ -77,11 +77,19 @@ RECIPE = {
     for key, value in TEXTS.items()
     if key not in ("optimizer.freeze", "plan.rank_ratio", "plan.keep")
 }
+
+
+def one_layer(*kept: str, ratio: float = 0.75) -> dict[str, Any]:
+    """The settings that keep all others full-rank."""
+    return {"plan.keep": kept, "plan.rank_ratio": ratio}
+
+
 CONTROL = {
-    "deit_tiny": ("block[2-4]/*", "block1/attention/*", "block1/mlp/fc2"),
-    "resmlp_s12": ("block[2-4]/*", "block1/token_mixing", "block1/mlp/fc2"),
-    "bert_base": ("layer[2-6]/*", "layer1/attention/*", "layer1/ffn/output", "pooler"),
-    "bert_base_recipe": ("layer[2-6]/*", "layer1/attention/[kvo]*", "*/ffn/*", "pooler"),
+    "deit_tiny": one_layer("block[2-4]/*", "block1/attention/*", "block1/mlp/fc2"),
+    "resmlp_s12": one_layer("block[2-4]/*", "block1/token_mixing", "block1/mlp/fc2"),
+    "bert_base": one_layer("layer[2-6]/*", "layer1/attention/*", "layer1/ffn/output", "pooler"),
+    # A square kernel, which would not get smaller at three quarters.
+    "bert_base_recipe": one_layer("layer[2-6]/*", "layer1/attention/[kvo]*", "*/ffn/*", "pooler", ratio=0.45),
 }
 # The peaks are the best ones of full-rank training, among 3, 1, 0.3 ... times the recipe's.
 NETWORKS = {
@@ -92,7 +100,7 @@ NETWORKS = {
     ),
     "resmlp_s12": (lambda: resmlp_s36.get_config("digits"), TOKENS | {"schedule.peak": 1e-2}),
     "bert_base": (lambda: bert_glue.get_config("sst2"), TEXTS),
-    "bert_base_recipe": (lambda: bert_glue.get_config("sst2"), RECIPE),
+    "bert_base_recipe": (lambda: bert_glue.get_config("sst2"), RECIPE | {"model.name": "bert_base"}),
 }
 TEXT_NETWORKS = ("bert_base", "bert_base_recipe")
 
@@ -104,11 +112,8 @@ def train(network: str, way: str, seed: int, places: dict[str, str], control: bo
     if network in TEXT_NETWORKS:
         settings = settings | places
     if control:
-        # A square kernel at three quarters of its rank would not be small.
-        ratio = 0.45 if network == "bert_base_recipe" else 0.75
-        settings = settings | {"plan.keep": CONTROL[network], "plan.rank_ratio": ratio}
-    name = network.removesuffix("_recipe")
-    config.update_from_flattened_dict(settings | WAYS[way] | {"model.name": name, "seed": seed})
+        settings = settings | CONTROL[network]
+    config.update_from_flattened_dict({"model.name": network} | settings | WAYS[way] | {"seed": seed})
     with tempfile.TemporaryDirectory() as workdir, warnings.catch_warnings():
         summary = run(config, Path(workdir) / "run")
         lines = (Path(workdir) / "run" / "metrics.jsonl").read_text().splitlines()
