@@ -38,15 +38,19 @@ from cuttlefish_jax.errors import (
 )
 from cuttlefish_jax.files import check_memory
 from cuttlefish_jax.training.agreement import smallest_of_hosts
+from cuttlefish_jax.training.leaves import host_leaves, named_leaves, stored_shape
 from cuttlefish_jax.training.orbax_tree import check_files, declared_arrays
 
 _log = logging.getLogger(__name__)
 
-# 2 has records from within epochs. 1 is read, too: what its records and arrays lack has defaults.
-_FORMAT = 2
+# 3 has every array in a file of its own. 2, where orbax kept all in a database (OCDBT), is read, too, and so
+# is 1, which has no records from within epochs: what its records and arrays lack has defaults.
+_FORMAT = 3
 # A checkpoint, or one that waits for its replacement under the same step to be whole.
 _CHECKPOINT = re.compile(r"(\d+)(\.replaced)?")
 _LEFTOVER = re.compile(r"\d+(\.replaced|\.orbax-checkpoint-tmp.*)")
+# What some file system would not have in a name.
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +82,12 @@ class Restored:
         Raises:
           CheckpointError: if the checkpoint is of another tree; the message has the first difference.
         """
-        wanted = _named_leaves(jax.eval_shape(lambda tree: tree, abstract))
-        added = {name: leaf for name, leaf in _host_leaves(defaults)[0].items() if name in wanted}
+        wanted = named_leaves(jax.eval_shape(lambda tree: tree, abstract))
+        added = {name: leaf for name, leaf in host_leaves(defaults)[0].items() if name in wanted}
         leaves = {**added, **self.leaves}
         for name in [*wanted, *leaves]:
             ours, theirs = wanted.get(name), leaves.get(name)
-            expected = None if ours is None else _describe(_key_data_shape(ours), ours.dtype)
+            expected = None if ours is None else _describe(stored_shape(ours), ours.dtype)
             found = None if theirs is None else _describe(theirs.shape, self._dtype(name, theirs))
             if expected != found:
                 raise CheckpointError(
@@ -125,9 +129,14 @@ class Checkpointer:
         self._keep = keep
         self._unfinished: int | None = None
         self._has_failed = False
+        logging.getLogger("absl").addFilter(_is_news)
         # With directories made in the background, orbax waits five minutes for one that cannot be made.
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(),
+            ocp.CompositeCheckpointHandler(
+                # Through OCDBT, every save would keep memory for every array (docs/reliability.md).
+                arrays=ocp.StandardCheckpointHandler(use_ocdbt=False),
+                record=ocp.JsonCheckpointHandler(),
+            ),
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
 
@@ -155,10 +164,10 @@ class Checkpointer:
             which went on in the background, is raised here too.
         """
         self.wait()
-        leaves, key_types = _host_leaves(arrays)
+        leaves, key_types = host_leaves(arrays)
         payload = _payload(step, record, leaves, key_types)
-        # tensorstore has no empty arrays; those are all alike, and the record has their shapes.
-        stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+        files = _files(payload["leaves"])
+        stored = {file: leaves[name] for name, file in files.items()}
         with self._storage_errors():
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -285,12 +294,14 @@ class Checkpointer:
         check_memory((spec["shape"], spec["dtype"]) for spec in specs.values())
         declared_arrays(directory / "arrays")
         # Host arrays without memory: orbax then reads to the host, whatever devices were there at the save.
-        abstract = {
+        arrays = {
             name: np.broadcast_to(np.zeros((), spec["dtype"]), spec["shape"]) for name, spec in specs.items()
         }
-        stored = {name: leaf for name, leaf in abstract.items() if leaf.size}
-        arrays_args = ocp.args.Composite(arrays=ocp.args.StandardRestore(stored))
-        arrays = abstract | self._orbax.restore(directory, args=arrays_args)["arrays"]
+        files = _files(specs)
+        abstract = {file: arrays[name] for name, file in files.items()}
+        arrays_args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+        read = self._orbax.restore(directory, args=arrays_args)["arrays"]
+        arrays |= {name: read[file] for name, file in files.items()}
         for name, spec in specs.items():
             # Of the bytes alone: they could as well be those of another shape.
             same = list(arrays[name].shape) == spec["shape"] and arrays[name].dtype.name == spec["dtype"]
@@ -321,56 +332,33 @@ class _DamagedError(Exception):
     """A checkpoint is not what was saved."""
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"two leaves of the tree are called {name!r}")
-        named[name] = leaf
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _host_leaves(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every leaf as a numpy array, and the types of those that are random keys."""
-    named = _named_leaves(tree)
-    key_types = {name: str(jax.random.key_impl(leaf)) for name, leaf in named.items() if _is_key(leaf)}
-    plain = {
-        name: jax.random.key_data(leaf) if name in key_types
-        else leaf if isinstance(leaf, jax.Array)
-        else jnp.asarray(leaf)
-        for name, leaf in named.items()
-    }  # fmt: skip
-    return _whole(plain), key_types
-
-
-def _whole(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Arrays in this host's memory; those that are split over hosts one after the other."""
-    spread = {
-        name: multihost_utils.process_allgather(array, tiled=True)
-        for name, array in arrays.items()
-        if not (array.is_fully_addressable or array.is_fully_replicated)
-    }
-    here = jax.device_get({name: array for name, array in arrays.items() if name not in spread})
-    return {name: np.asarray((spread | here)[name]) for name in arrays}
-
-
 def _payload(
     step: int, record: Mapping[str, Any], leaves: Mapping[str, np.ndarray], key_types: Mapping[str, str]
 ) -> dict[str, Any]:
     specs = {}
-    for name, leaf in leaves.items():
+    for index, (name, leaf) in enumerate(leaves.items()):
         specs[name] = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": _digest(leaf)}
+        # The number keeps apart what is alike by then, or where capitals do not count.
+        specs[name]["file"] = f"{index:05d}.{_UNSAFE.sub('_', name.replace('/', '.'))[:100]}"
         if name in key_types:
             specs[name]["key_type"] = key_types[name]
     payload = {"format": _FORMAT, "step": step, "record": dict(record), "leaves": specs}
     # Through JSON and back, so that the digest is of what will be read: tuples are lists by then.
     payload = json.loads(json.dumps(payload))
     return payload | {"sha256": _digest_of_json(payload)}
+
+
+def _files(specs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """What every array is called among orbax's; of those without elements, tensorstore has none."""
+    files = {name: spec.get("file", name) for name, spec in specs.items() if 0 not in spec["shape"]}
+    if len(set(files.values())) < len(files):
+        raise ValueError("two arrays are in one file")
+    return files
+
+
+def _is_news(message: logging.LogRecord) -> bool:
+    """orbax warns at every save that there is nothing of OCDBT to merge, which is as it should be."""
+    return not str(message.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT")
 
 
 def _digest(array: np.ndarray) -> str:
@@ -381,10 +369,6 @@ def _digest(array: np.ndarray) -> str:
 
 def _digest_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _key_data_shape(leaf: Any) -> tuple[int, ...]:
-    return jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else tuple(leaf.shape)
 
 
 def _describe(shape: tuple[int, ...], dtype: Any) -> str:

@@ -77,8 +77,8 @@ def declared_arrays(item: Path) -> Any:
       The tree of the item, of orbax's metadata of arrays: they have a shape and a dtype.
 
     Raises:
-      ValueError: if they are larger than this machine's memory, or are stored in pieces that are larger than
-        themselves, each of which is read whole.
+      ValueError: if they are larger than this machine's memory, or are stored elsewhere, or in pieces that
+        are larger than themselves, each of which is read whole.
       Exception: whatever orbax and tensorstore raise for damaged files.
     """
     # Behind a relative path, orbax finds nothing.
@@ -87,6 +87,8 @@ def declared_arrays(item: Path) -> Any:
     arrays = jax.tree.leaves(metadata.tree)
     check_memory((array.shape, array.dtype) for array in arrays)
     for array in arrays:
+        if Path(array.name).is_absolute():  # tensorstore itself refuses ".."
+            raise ValueError(f"its array {array.name} is stored outside of it")
         for piece in _pieces(array):
             if any(part > max(whole, 1) for part, whole in zip(piece, array.shape, strict=True)):
                 raise ValueError(f"{array.name} of shape {array.shape} is stored in pieces of {tuple(piece)}")

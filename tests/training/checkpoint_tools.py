@@ -1,5 +1,7 @@
 """What the tests of checkpoints share: a state of everything, and saving and restoring it."""
 
+import hashlib
+import json
 import os
 
 import jax
@@ -54,3 +56,13 @@ def restore(directory):
 
 def names(directory):
     return sorted(os.listdir(directory))
+
+
+def rewrite_record(checkpoint, change):
+    """Changes a record and its hash with it."""
+    file = checkpoint / "record" / "metadata"
+    payload = json.loads(file.read_text())
+    payload.pop("sha256")
+    change(payload)
+    canonical = json.dumps(payload, sort_keys=True).encode()
+    file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))

@@ -1,19 +1,26 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import shutil
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkpoint_tools import assert_same_bits, make_state, names, own_messages, restore, save_all
+from checkpoint_tools import (
+    assert_same_bits,
+    make_state,
+    names,
+    own_messages,
+    restore,
+    rewrite_record,
+    save_all,
+)
 
 from cuttlefish_jax.errors import CheckpointError, StorageError
 from cuttlefish_jax.training.checkpoint import Checkpointer
@@ -32,6 +39,12 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     # What was restored is a training state again.
     jax.random.normal(arrays["rng"][0])
     optax.adam(0.1).update(arrays["params"], arrays["optimizer"])
+
+
+def test_a_save_has_nothing_to_say(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        save_all(tmp_path, [1, 2, 3])
+    assert not caplog.records
 
 
 def test_the_kind_of_random_key_is_kept(tmp_path):
@@ -195,7 +208,7 @@ def flip(file, seed):
 
 def damage_arrays(directory):
     """Flips one bit in the middle of every file that has numbers of arrays."""
-    files = list((directory / "arrays").rglob("d/*"))
+    files = [file for file in data_files(directory / "arrays") if file.name[0].isdecimal()]
     assert files
     for file in files:
         contents = bytearray(file.read_bytes())
@@ -268,23 +281,48 @@ def test_no_whole_checkpoint_is_an_error_and_deletes_nothing(tmp_path):
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
 
 
-def rewrite_record(checkpoint, change):
-    """Changes a record and its hash with it."""
-    file = checkpoint / "record" / "metadata"
-    payload = json.loads(file.read_text())
-    payload.pop("sha256")
-    change(payload)
-    canonical = json.dumps(payload, sort_keys=True).encode()
-    file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))
-
-
 def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path):
     save_all(tmp_path, [1, 2])
-    rewrite_record(tmp_path / "2", lambda payload: payload.update(format=3))
+    rewrite_record(tmp_path / "2", lambda payload: payload.update(format=4))
     before = [(file, file.read_bytes()) for file in data_files(tmp_path)]
-    with pytest.raises(CheckpointError, match=r"/2 is of format 3, .* reads formats up to 2: update it, or"):
+    with pytest.raises(CheckpointError, match=r"/2 is of format 4, .* reads formats up to 3: update it, or"):
         restore(tmp_path)
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
+
+
+def test_a_checkpoint_of_format_2_is_read(tmp_path):
+    """Saved by the version before: all arrays in one database, and no names of files in the record."""
+    shutil.copytree(Path(__file__).parent / "golden" / "format_2", tmp_path / "1")
+    restored = restore(tmp_path)
+    assert restored.record == {"epoch": 1}
+    assert_same_bits(restored.into(make_state(1)), make_state(1))
+    save_all(tmp_path, [2])
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_names_that_are_no_names_of_files(tmp_path):
+    awkward = [
+        "..",
+        "a\\b",
+        "Käse 乳酪",
+        "é",
+        "è",
+        "Dense",
+        "dense",
+        "x" * 300,
+        "x" * 300 + "y",
+        "",
+        "CON",
+        "0",
+    ]
+    state = {name: jnp.full(2, index, jnp.int8) for index, name in enumerate(awkward)}
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"block": state}, {})
+    assert_same_bits(restore(tmp_path / "checkpoints").into({"block": state}), {"block": state})
+    assert names(tmp_path) == ["checkpoints"]
+    files = [path.name for path in (tmp_path / "checkpoints" / "1" / "arrays").iterdir() if path.is_dir()]
+    assert len({file.lower() for file in files}) == len(awkward)
+    assert all(file.isascii() and len(file) < 120 for file in files)
 
 
 def test_a_checkpoint_of_format_1_is_read_and_what_it_lacks_has_defaults(tmp_path):
@@ -318,6 +356,7 @@ def test_a_checkpoint_of_format_1_is_read_and_what_it_lacks_has_defaults(tmp_pat
         (lambda payload: payload["leaves"]["half"].update(dtype="object"), "its files are damaged"),
         (lambda payload: payload["leaves"]["empty"].update(shape=[0, 2**62]), "its files are damaged"),
         (lambda payload: payload["leaves"].update({"../../half": payload["leaves"]["half"]}), "are damaged"),
+        (lambda payload: payload["leaves"]["half"].update(file="../../half"), "are damaged"),
         (lambda payload: payload["leaves"].pop("half"), "its files are damaged"),
         (lambda payload: payload.update(leaves=[1]), "its files are damaged"),
     ],

@@ -6,14 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoint_tools import make_state, names, restore, save_all
+from checkpoint_tools import make_state, names, restore, rewrite_record, save_all
 from hostile_tools import make_huge, store_in_pieces
 
 from cuttlefish_jax.errors import CheckpointError, StorageError
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.orbax_tree import read_tree
 
-KERNEL = "params/dense/kernel"  # of shape (5, 8)
+KERNEL = "00009.params.dense.kernel"  # of shape (5, 8)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_documents_longer_than_memory(saved, document):
         restore(saved.parent)
 
 
-@pytest.mark.parametrize("document", ["record/metadata", "arrays/_METADATA", "arrays/manifest.ocdbt"])
+@pytest.mark.parametrize("document", ["record/metadata", "arrays/_METADATA", f"arrays/{KERNEL}/.zarray"])
 def test_a_pipe_is_not_waited_for(saved, document):
     (saved / document).unlink()
     os.mkfifo(saved / document)
@@ -52,6 +52,17 @@ def test_an_array_in_pieces_larger_than_itself(saved):
         ):
             read()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+
+
+@pytest.mark.parametrize("elsewhere", ["{tmp_path}/elsewhere", "../../../elsewhere"])
+def test_an_array_that_is_not_in_the_checkpoint(saved, tmp_path, elsewhere):
+    shutil.move(saved / "arrays" / KERNEL, tmp_path / "elsewhere")
+    document = saved / "arrays" / "_METADATA"
+    document.write_text(document.read_text().replace(KERNEL, elsewhere.format(tmp_path=tmp_path)))
+    rewrite_record(saved, lambda payload: payload["leaves"]["params/dense/kernel"].update(file=elsewhere))
+    for read in (lambda: restore(saved.parent), lambda: read_tree(saved / "arrays")):
+        with pytest.raises(CheckpointError, match=r"is stored outside of it|Invalid file path"):
+            read()
 
 
 def test_a_link_to_elsewhere_is_read_and_nothing_behind_it_deleted(saved, tmp_path):
