@@ -56,37 +56,38 @@ def interrupted(run: Trainer, rng: random.Random) -> bool:
 
 
 def flipped(run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL, then one bit of the last checkpoint's largest file flipped."""
-    if (file := _largest_file(_killed(run, rng))) is None:
+    """SIGKILL, then one bit of an array of the last checkpoint flipped."""
+    if (latest := _latest_of_killed(run, rng)) is None:
         return False
+    file = rng.choice(sorted(latest.glob("arrays/*/[0-9]*")))
     data = bytearray(file.read_bytes())
-    # Numbers come first; behind them is an index that nothing reads any more.
-    data[rng.randrange(len(data) // 2)] ^= 1 << rng.randrange(8)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
     return True
 
 
 def truncated(run: Trainer, rng: random.Random) -> bool:
-    """SIGKILL, then the last checkpoint's largest file cut off."""
-    if (file := _largest_file(_killed(run, rng))) is None:
+    """SIGKILL, then a file of the last checkpoint cut off."""
+    if (latest := _latest_of_killed(run, rng)) is None:
         return False
+    file = rng.choice([path for path in _files(latest) if path.stat().st_size])
     file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
     return True
 
 
 def half_deleted(run: Trainer, rng: random.Random) -> bool:
     """SIGKILL, then a random half of the last checkpoint's files deleted."""
-    if (latest := latest_checkpoint(_killed(run, rng))) is None:
+    if (latest := _latest_of_killed(run, rng)) is None:
         return False
-    files = sorted(path for path in latest.rglob("*") if path.is_file())
-    for file in rng.sample(files, max(1, len(files) // 2)):
+    files = _files(latest)
+    for file in rng.sample(files, len(files) // 2):
         file.unlink()
     return True
 
 
 def deleted(run: Trainer, rng: random.Random) -> bool:
     """SIGKILL, then the last checkpoint deleted."""
-    if (latest := latest_checkpoint(_killed(run, rng))) is None:
+    if (latest := _latest_of_killed(run, rng)) is None:
         return False
     shutil.rmtree(latest)
     return True
@@ -103,22 +104,17 @@ STOPS: tuple[Fault, ...] = (
 DAMAGES: tuple[Fault, ...] = (flipped, truncated, half_deleted, deleted)
 
 
-def latest_checkpoint(run: Trainer | None) -> Path | None:
-    """The last one, if there is another that could be gone on from."""
-    if run is None or not run.checkpoints.exists():
-        return None
-    found = sorted((int(path.name), path) for path in run.checkpoints.iterdir() if path.name.isdigit())
-    return found[-1][1] if len(found) > 1 else None
+def _latest_of_killed(run: Trainer, rng: random.Random) -> Path | None:
+    """The last checkpoint of the run, killed when there is another to go on from; None if it ended before."""
+    while killed_in_training(run, rng):
+        found = sorted((int(path.name), path) for path in run.checkpoints.iterdir() if path.name.isdigit())
+        if len(found) > 1:
+            return found[-1][1]
+    return None
 
 
-def _killed(run: Trainer, rng: random.Random) -> Trainer | None:
-    return run if killed_in_training(run, rng) else None
-
-
-def _largest_file(run: Trainer | None) -> Path | None:
-    latest = latest_checkpoint(run)
-    files = [] if latest is None else [path for path in latest.rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size, default=None)
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
 def _unfinished(checkpoints: Path) -> set[int]:

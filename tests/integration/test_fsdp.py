@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -18,12 +19,16 @@ SETTINGS = {
     "data.train_examples": 160,
     "plan.calibration_batches": 2,
 }
-ON_TWO_HOSTS = """
+# Another order of summation takes a ReLU over its kink now and then, and with it the gradient of a channel.
+SMOOTH = "lambda x: nn.softplus(4 * x) / 4"
+ON_TWO_HOSTS = f"""
     import json, sys
+    import flax.linen as nn
     import jax
     from configs import quickstart
     from cuttlefish_jax.training import loop
 
+    nn.relu = {SMOOTH}
     jax.config.update("jax_disable_most_optimizations", True)
     config = quickstart.get_config()
     config.update_from_flattened_dict(json.loads(sys.argv[2]))
@@ -43,6 +48,13 @@ ON_TWO_HOSTS = """
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def smooth():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn, "relu", eval(SMOOTH))
+        yield
+
+
 def finished(workdir):
     """The last checkpoint's arrays, and the numbers that were logged."""
     with Checkpointer(workdir / "checkpoints") as checkpointer:
@@ -53,7 +65,7 @@ def finished(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_config, tmp_path_factory):
+def whole(tiny_config, tmp_path_factory, smooth):
     """A run whose state is whole on each of eight devices: its summary and workdir."""
     workdir = tmp_path_factory.mktemp("pmap")
     return loop.run(tiny_config(**SETTINGS), workdir), workdir
@@ -64,10 +76,10 @@ def compare(workdir, summary, whole):
     assert summary["ranks"] == reference["ranks"] and summary["ranks"]
     assert summary["switch_epoch"] == reference["switch_epoch"] == 2
     (arrays, numbers), (expected, other_numbers) = finished(workdir), finished(other_dir)
-    np.testing.assert_allclose(numbers, other_numbers, rtol=1e-3)
+    np.testing.assert_allclose(numbers, other_numbers, rtol=1e-5)
     assert arrays.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_allclose(arrays[name], array, rtol=2e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(arrays[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def stopped_and_gone_on(before, after, workdir, monkeypatch):
