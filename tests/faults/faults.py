@@ -106,11 +106,16 @@ DAMAGES: tuple[Fault, ...] = (flipped, truncated, half_deleted, deleted)
 
 def _latest_of_killed(run: Trainer, rng: random.Random) -> Path | None:
     """The last checkpoint of the run, killed when there is another to go on from; None if it ended before."""
-    while killed_in_training(run, rng):
-        found = sorted((int(path.name), path) for path in run.checkpoints.iterdir() if path.name.isdigit())
-        if len(found) > 1:
-            return found[-1][1]
-    return None
+    was_killed = killed_in_training(run, rng)
+    if was_killed and len(_checkpoints(run)) < 2:
+        was_killed = run.kill_when(lambda: len(_checkpoints(run)) >= 2)
+    return _checkpoints(run)[-1] if was_killed else None
+
+
+def _checkpoints(run: Trainer) -> list[Path]:
+    """Those that were finished, the last one last."""
+    found = run.checkpoints.iterdir() if run.checkpoints.exists() else ()
+    return sorted((path for path in found if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 def _files(checkpoint: Path) -> list[Path]:
