@@ -118,12 +118,13 @@ def row(experiment: str, method: str, pairs: Sequence[tuple[Mapping[str, Any], .
     """One line of the table, of ``(run, full-rank run of the same seed)``."""
     runs, fulls = zip(*pairs, strict=True)
     totals = [timeline(done)[-1][0] for done in runs]
+    params = statistics.mean(done["summary"]["params_final"] for done in runs)
     line = {
         "experiment": experiment,
         "method": method,
         "seeds": len(runs),
         "test accuracy %": 100 * statistics.mean(map(final_accuracy, runs)),
-        "params": round(statistics.mean(done["summary"]["params_final"] for done in runs)),
+        "params": round(params),
         "total s": statistics.median(totals),
         "compile s": statistics.median(done["summary"]["compile_seconds"] for done in runs),
     }
@@ -144,9 +145,7 @@ def row(experiment: str, method: str, pairs: Sequence[tuple[Mapping[str, Any], .
     return line | {
         "points more": statistics.mean(gains),
         "of": ", ".join(f"{gain:+.2f}" for gain in gains),
-        "params x fewer": statistics.mean(
-            done["summary"]["params_full"] / done["summary"]["params_final"] for done in runs
-        ),
+        "params x fewer": fulls[0]["summary"]["params_full"] / params,
         "x faster": statistics.median(
             timeline(full)[-1][0] / total for full, total in zip(fulls, totals, strict=True)
         ),

@@ -6,13 +6,13 @@
 The full-rank part of a seed is trained once, on scikit-learn's digits; all ways continue from there with the
 same batches, at the ranks of the Cuttlefish rule, or, with --full, at full rank, where nothing is cut off and
 what is left is what the switch does to training. ``no switch`` is the full-rank network going on. ``carried``
-is what the package does: balanced factors, the optimizer's state in factor space, the schedule going on.
+has plain, balanced factors, the optimizer's state in factor space, and the schedule going on.
 ``reset`` has a new optimizer at the same learning rate. ``x 1/3``, ``x 2``, ``restart`` and ``re-warm-up``
-are the published rates, with carried state. ``projected`` is ``cf.precondition_factors``, ``whitened`` with
-factors that spare the layers' outputs; ``ScaledGD`` is the same with ``once=False``, as published, at the
-learning rate and at half of it, which is half of it for all parameters. Of networks that are trained with
-Adam, ``projected`` and ``projected / 2`` have ``normalized=True``, and ``before Adam`` preconditions the
-gradients instead of Adam's updates.
+are the published rates, with carried state. ``projected``, what ``train.py`` does, is
+``cf.precondition_factors``, ``whitened`` with factors that spare the layers' outputs; ``ScaledGD`` is the
+same with ``once=False``, as published, at the learning rate and at half of it, which is half of it for all
+parameters. Of networks that are trained with Adam, ``projected`` and ``projected / 2`` have
+``normalized=True``, and ``before Adam`` preconditions the gradients instead of Adam's updates.
 
 The bump after n steps is the mean loss of these steps on the training batches, in per cent above that of the
 same steps without a switch; given are the mean over the seeds, the lowest and the highest. The test loss is

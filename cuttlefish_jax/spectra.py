@@ -110,10 +110,10 @@ def warm_stable_ranks(
     r"""Stable rank of every kernel's matrix, from the singular vectors of the last time it was measured.
 
     The same number as :func:`stable_ranks` to about 0.3 %, for some 25 passes over the weights at the start,
-    10 after the first epoch and 3 to 5 later, when they change less. The largest singular value is found by
-    block LOBPCG on the Gram matrix of the smaller side, which is not formed, and stops for each kernel when
-    :math:`\sigma_1^2` is good to 1 % by a bound that is itself far off (``python
-    benchmarks/rank_estimation.py --train quickstart`` measures errors and passes). It is a lower bound, so
+    10 after the first epoch, 5 to 7 later and 3 when they hardly change (``python
+    benchmarks/rank_estimation.py --train quickstart`` measures errors and passes). The largest singular value
+    is found by block LOBPCG on the Gram matrix of the smaller side, which is not formed, and stops for each
+    kernel when :math:`\sigma_1^2` is good to 1 % by a bound that is itself far off. It is a lower bound, so
     the stable rank can only come out too high. If in one step a singular value that was far from the first
     overtakes it, while the old first vector stays one, this can go unnoticed for a few measurements.
 

@@ -126,7 +126,7 @@ def default_config() -> Config:
 
     config.plan = ConfigDict(
         dict(
-            rank_rule="scaled_stable_rank",  # or another of training/method.py, or several joined by "+"
+            rank_rule="scaled_stable_rank",  # or another of plan/rank_rules.py, or several joined by "+"
             rank_ratio=0.25,  # "rank_ratio": rank as a share of min(m, n)
             keep=(),  # patterns of layers that stay full-rank
             factorize=(),  # patterns of layers that are factorized though the defaults keep them

@@ -13,7 +13,7 @@ import jax
 from cuttlefish_jax.errors import HostLostError, UserError
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
-# fails waits for others that fail by the same error: together less than the minute of docs/reliability.md.
+# fails waits for others that fail by the same error: together less than the minute of docs/runs.md.
 _HEARTBEAT_SECONDS = 30
 _PARTING_SECONDS = 10
 

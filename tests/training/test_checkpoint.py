@@ -290,9 +290,13 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(tmp_path
     assert [(file, file.read_bytes()) for file in data_files(tmp_path)] == before
 
 
+def copy_of_format_2(checkpoint):
+    """Of the version before: all arrays in one database, and no names of files in the record."""
+    shutil.copytree(Path(__file__).parent / "golden" / "format_2", checkpoint)
+
+
 def test_a_checkpoint_of_format_2_is_read(tmp_path):
-    """Saved by the version before: all arrays in one database, and no names of files in the record."""
-    shutil.copytree(Path(__file__).parent / "golden" / "format_2", tmp_path / "1")
+    copy_of_format_2(tmp_path / "1")
     restored = restore(tmp_path)
     assert restored.record == {"epoch": 1}
     assert_same_bits(restored.into(make_state(1)), make_state(1))
@@ -326,20 +330,23 @@ def test_names_that_are_no_names_of_files(tmp_path):
 
 
 def test_a_checkpoint_of_format_1_is_read_and_what_it_lacks_has_defaults(tmp_path):
-    old = make_state(1)
-    del old["params"]["dense"]["bias"]
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, old, {})
+    copy_of_format_2(tmp_path / "1")  # the format of its arrays was the same
     rewrite_record(tmp_path / "1", lambda payload: payload.update(format=1))
     restored = restore(tmp_path)
+    old = make_state(1)
     assert_same_bits(restored.into(old), old)
+    wanted = make_state(2) | {"ema": {"bias": jnp.ones(8)}}
     # Defaults stand back behind what was saved, and may have more than is wanted.
-    defaults = {"params": {"dense": {"bias": np.full(8, 3, np.float32), "kernel": np.ones((5, 8))}}, "no": 1}
-    completed = restored.into(make_state(2), defaults=defaults)
-    np.testing.assert_array_equal(completed["params"]["dense"].pop("bias"), np.full(8, 3, np.float32))
+    defaults = {
+        "ema": {"bias": np.full(8, 3, np.float32)},
+        "params": {"dense": {"bias": np.ones(8)}},
+        "no": 1,
+    }
+    completed = restored.into(wanted, defaults=defaults)
+    np.testing.assert_array_equal(completed.pop("ema")["bias"], np.full(8, 3, np.float32))
     assert_same_bits(completed, old)
-    with pytest.raises(CheckpointError, match=r"dense/bias is float32\[9\] there and float32\[8\] here"):
-        restored.into(make_state(2), defaults={"params": {"dense": {"bias": np.ones(9, np.float32)}}})
+    with pytest.raises(CheckpointError, match=r"ema/bias is float32\[9\] there and float32\[8\] here"):
+        restored.into(wanted, defaults={"ema": {"bias": np.ones(9, np.float32)}})
 
 
 @pytest.mark.parametrize(
