@@ -22,13 +22,13 @@ class RankTracker:
     """Collects the stable ranks measured during training and says when all of them have converged.
 
     Measurement ``i`` is made after ``i`` epochs of training, so the first is the initialisation. The layers
-    of a stack (``nn.scan``), whose stable ranks come as one 1-d array, are judged one by one; the stack is
-    stable when its last layer is. A layer that was once declared stable stays so.
+    of a stack (``nn.scan``, ``nn.vmap``, or nested), whose stable ranks come as one array, are judged one by
+    one; the stack is stable when its last layer is. A layer that was once declared stable stays so.
 
     Attributes:
       criterion: when a layer counts as stable.
-      history: ``path -> [stable rank, ...]``, one entry for each measurement: a float, or a list of floats
-        for stacked layers.
+      history: ``path -> [stable rank, ...]``, one entry for each measurement: a float, or lists of floats
+        for stacked layers, nested as the stacks are.
       converged_at: ``path -> i``, the measurement at which the layer was declared stable.
 
     Example:
@@ -61,8 +61,8 @@ class RankTracker:
         """Adds one measurement.
 
         Args:
-          stable_ranks: ``path -> stable rank``, floats or 0-d arrays, 1-d arrays for stacked layers; the same
-            paths in every call.
+          stable_ranks: ``path -> stable rank``, floats or 0-d arrays, arrays ``[*stack]`` for stacked
+            layers; the same paths and shapes in every call.
 
         Returns:
           Whether all layers have converged: :attr:`converged`.
@@ -168,8 +168,6 @@ class RankTracker:
         for path, value in ranks.items():
             if not np.all(np.isfinite(value) & (value >= 0)):
                 raise ValueError(f"the stable rank of {path!r} is {value.tolist()}: has training diverged?")
-            if value.ndim > 1:
-                raise ValueError(f"the stable ranks of {path!r} have shape {value.shape}: at most 1-d")
             if self.history and np.shape(self.history[path][0]) != value.shape:
                 raise ValueError(
                     f"the stable ranks of {path!r} have shape {value.shape}, "

@@ -170,9 +170,17 @@ def test_other_layers_than_at_first_are_refused(second, message):
     assert tracker.num_measurements == 1
 
 
-def test_two_stack_axes_are_refused():
-    with pytest.raises(ValueError, match=r"'a' have shape \(2, 2\): at most 1-d"):
-        RankTracker().update({"a": np.ones((2, 2))})
+def test_the_layers_of_nested_stacks_are_judged_one_by_one():
+    flat, nested = RankTracker(), RankTracker()
+    for values in noisy_trend(-0.01, 0.02, seed=3)[:, None] * np.asarray([1.0, 3.0, 2.0, 5.0, 4.0, 6.0]):
+        one_by_one = flat.update({f"{i}{j}": x for (i, j), x in np.ndenumerate(values.reshape(2, 3))})
+        assert nested.update({"a": values.reshape(2, 3)}) == one_by_one
+        assert nested.converges_within(2) == flat.converges_within(2)
+        nested = RankTracker.from_state(nested.criterion, json.loads(json.dumps(nested.to_state())))
+    assert np.shape(nested.history["a"]) == (nested.num_measurements, 2, 3)
+    assert nested.converged and nested.converged_at["a"] == max(flat.converged_at.values())
+    with pytest.raises(ValueError, match=r"have shape \(6,\), but \(2, 3\) at the first measurement"):
+        nested.update({"a": np.ones(6)})
 
 
 @pytest.mark.parametrize(

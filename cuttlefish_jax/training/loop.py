@@ -264,7 +264,6 @@ class _Run:
         self._take_steps(epoch)
         # The last step is done, and the measurement follows it.
         self.rank_seconds = 0.0 if phase.plan else self.meter.wait()
-        progress.memory[phase.name] = phase.memory(self.state)
         totals = progress.totals
         rate = np.asarray(phase.schedule(epoch * totals.steps)).item()
         metrics: dict[str, Any] = {"epoch": epoch, "phase": phase.name, "learning_rate": rate}
@@ -319,6 +318,7 @@ class _Run:
                     **measure,
                 )
                 progress.seconds["compile"] += train_step.compile_seconds - compiled_before
+                progress.measure_memory(self.phase.name, self.phase.memory(self.state))
                 if progress.totals.steps == data.steps_per_epoch:
                     return
                 self.notice.stop_if_here()

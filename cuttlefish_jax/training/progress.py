@@ -65,6 +65,11 @@ class Progress:
 
         return self.best is None or goodness(metrics) > goodness(self.best)
 
+    def measure_memory(self, phase: str, found: dict[str, int | None]) -> None:
+        """Notes a phase's memory, but what is None: a process that makes no step knows of none."""
+        known = {name: size for name, size in found.items() if size is not None}
+        self.memory[phase] = self.memory.get(phase, {}) | known
+
     def to_record(self) -> dict[str, Any]:
         """The progress as JSON."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -10,12 +10,14 @@ prints how often there was which fault and what came of it. The tests of this fo
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from faults import DAMAGES, STOPS, Fault
 from trainer import ROOT, Trainer, environment
@@ -33,6 +35,19 @@ def inject(run: Trainer, faults: Iterator[Fault], limit: int, rng: random.Random
     ended = run.finish()
     assert ended.returncode == 0, (done, ended.stdout, ended.stderr)
     return done
+
+
+def differing(numbers: dict[str, Any], others: dict[str, Any]) -> Iterator[str]:
+    """Where two runs differ: the first line of each file that does."""
+    for name, ours in numbers.items():
+        theirs = others[name]
+        if isinstance(ours, list):
+            lines = enumerate(itertools.zip_longest(ours, theirs), 1)
+            found = next((f"line {n}: {a} in place of {b}" for n, (a, b) in lines if a != b), None)
+        else:
+            found = None if ours == theirs else f"{ours} in place of {theirs}"
+        if found:
+            yield f"{name} {found}"
 
 
 def shuffled(faults: Sequence[Fault], rng: random.Random) -> Iterator[Fault]:
@@ -62,11 +77,12 @@ def _main() -> None:
         while injected.total() < arguments.faults:
             broken = Trainer(Path(folder) / f"broken {runs}", env)
             done = inject(broken, kinds, FAULTS_IN_A_RUN, rng)
-            same = broken.numbers() == unbroken.numbers()
+            differences = list(differing(broken.numbers(), unbroken.numbers()))
+            same = not differences
             runs += 1
             injected.update(done)
             survived.update(done if same else [])
-            outcome = "the numbers of an unbroken run" if same else "OTHER NUMBERS"
+            outcome = "the numbers of an unbroken run" if same else f"OTHER NUMBERS: {'; '.join(differences)}"
             print(f"run {runs}: {', '.join(fault.__name__ for fault in done)}: {outcome}", flush=True)
     rows = [
         {

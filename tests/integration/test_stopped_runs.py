@@ -79,9 +79,10 @@ def test_stopped_anywhere_it_goes_on_from_that_very_step(config, unbroken, tmp_p
     assert stopped(0) == "epoch 0 of 4"
     assert stopped(3) == f"epoch 0 of 4, 3 of {STEPS} steps of the next"
     assert stopped(1 + 4 + 3) == f"epoch 0 of 4, {STEPS} of {STEPS} steps of the next"
-    # Through the second epoch, whose end has no checkpoint, to the switch and past it.
-    first, second = 1 + BATCHES, 1 + STEPS - 1 + BATCHES
-    assert stopped(first + second + 1) == "epoch 2 of 4"
+    # The same in the second epoch, the last full-rank one: the process that goes on makes no such step.
+    assert stopped(1 + BATCHES + STEPS + 3) == f"epoch 1 of 4, {STEPS} of {STEPS} steps of the next"
+    # Over its end, which has no checkpoint, to the switch and past it.
+    assert stopped(1 + BATCHES + 1) == "epoch 2 of 4"
     assert stopped(1 + 5) == f"epoch 2 of 4, 6 of {STEPS} steps of the next"
 
     stop_at(10**9)
