@@ -146,7 +146,7 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """
     if plan.extra_batch_norm:
         raise ValueError("a plan with extra batch norms cannot be merged: use the factorized model")
-    merged = _copy(params)
+    merged = copied(params)
     for path, (u, v) in factor_matrices(params, plan).items():
         kernel = plan.kernels[path]
         matrix = matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
@@ -203,7 +203,7 @@ def split_layers(
       split: called with a layer's path and the leaf that stands in the kernel's place; returns the two
         that stand in the factors' place.
     """
-    low = _copy(tree)
+    low = copied(tree)
     for path in plan.ranks:
         layer = dict(subtree(tree, path))
         kernel = plan.kernels[path]
@@ -227,7 +227,7 @@ def factorize_batch_stats(batch_stats: Params | None, plan: FactorizationPlan) -
       Nested dicts, the very tree that ``factorize(model, plan).init`` makes.
     """
     if not plan.extra_batch_norm:
-        return _copy(batch_stats)
+        return copied(batch_stats)
     return _add_extra_norms(batch_stats or {}, plan, {"mean": jnp.zeros, "var": jnp.ones})
 
 
@@ -291,7 +291,7 @@ def _whitened(w: Float[Array, "*m *n"], rows: int, measured: Array, rank: Array)
 
 
 def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str, Callable]) -> dict[str, Any]:
-    low = _copy(tree)
+    low = copied(tree)
     for path, rank in plan.rank_entries:
         shape = plan.kernels[path].stacked_shape((rank,))
         norm = {name: make(shape, jnp.float32) for name, make in arrays.items()}
@@ -299,8 +299,9 @@ def _add_extra_norms(tree: Params, plan: FactorizationPlan, arrays: Mapping[str,
     return low
 
 
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+def copied(tree: Any) -> Any:
+    """Nested dicts of the same leaves, whatever kinds of mapping there were."""
+    return {key: copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _replaced(tree: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

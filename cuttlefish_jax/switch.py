@@ -15,7 +15,7 @@ import optax
 from optax import MaskedNode
 
 from cuttlefish_jax import moments
-from cuttlefish_jax.factorize import factorize, factorize_batch_stats, factorize_params
+from cuttlefish_jax.factorize import copied, factorize, factorize_batch_stats, factorize_params
 from cuttlefish_jax.kernels import kernel_array
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
@@ -50,9 +50,10 @@ def switch(
 ) -> Any:
     """Turns a training state into the factorized model's, losing nothing that can be kept.
 
-    Params are factorized; the optimizer's state is carried into factor space (:func:`carry_opt_state`); any
-    other field with the structure of the params is taken for a moving average of them and projected;
-    ``batch_stats`` get entries for extra batch norms; step, random keys and all else stay.
+    Params are factorized; the optimizer's state is carried into factor space (:func:`carry_opt_state`);
+    whatever else has the structure of the params, a field or a part of one, is taken for a moving average of
+    them and projected; ``batch_stats`` get entries for extra batch norms; step, random keys and all else
+    stay.
 
     Args:
       state: a ``flax.training.train_state.TrainState``, or any dataclass with ``params``, ``opt_state``,
@@ -99,16 +100,12 @@ def switch(
     params = factorize_params(state.params, plan, calibration=calibration)
     changes: dict[str, Any] = dict(params=params, tx=tx, apply_fn=apply_fn)
     changes["opt_state"] = carry_opt_state(state.opt_state, state.params, params, tx, plan)
-    structure = jax.tree.structure(state.params)
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
         if field.name == "batch_stats":
             changes[field.name] = factorize_batch_stats(value, plan)
-        elif field.name not in changes and value is not None and jax.tree.structure(value) == structure:
-            average = moments.project_average(value, params, plan)
-            if plan.extra_batch_norm:  # which no average has seen: it starts from the params' own
-                average = _with_missing(average, params)
-            changes[field.name] = average
+        elif field.name not in changes:
+            changes[field.name] = _averages(value, field.name, state.params, params, plan)
     return state.replace(**changes)
 
 
@@ -160,8 +157,10 @@ def carry_opt_state(
             continue
         if (projection := _projection(name)) and can_project(part):
             if projection is moments.project_second_moment:
-                # Adam's: the mean of the same gradients, which tells how they are correlated.
-                mean = _as_params(nodes.get((*name[:-1], "mu")), params)
+                # Adam's: the mean of the same gradients, which tells how they are correlated. AdaBelief's
+                # squares are of what the gradients have beside it.
+                is_around_mean = name[-2:-1] and name[-2].startswith("ScaleByBeliefState")
+                mean = None if is_around_mean else _as_params(nodes.get((*name[:-1], "mu")), params)
                 projection = functools.partial(projection, momentum=mean)
             part = projection(part, params_low, plan)
         old.update(_named_leaves(part, prefix=name))  # unprojected: what belongs to unchanged layers is kept
@@ -180,6 +179,33 @@ def carry_opt_state(
             for name, leaf, fit in zip(names, fresh, fits, strict=True)
         ],
     )
+
+
+def _averages(value: Any, name: str, params: Any, params_low: Any, plan: FactorizationPlan) -> Any:
+    """A field of a training state, in which all that is like the params is an average of them."""
+    params = copied(params)
+
+    def is_like_params(node: Any) -> bool:
+        return isinstance(node, Mapping) and jax.tree.structure(copied(node)) == jax.tree.structure(params)
+
+    def project(node: Any) -> Any:
+        if not is_like_params(node):
+            return node
+        if _kinds(node) != _kinds(params):
+            warnings.warn(f"state.{name} is left as it is, for the full-rank params: it has their structure, "
+                          "but not their shapes and types", stacklevel=4)  # fmt: skip
+            return node
+        average = moments.project_average(copied(node), params_low, plan)
+        # Of extra batch norms no average has seen anything: it starts from the params' own.
+        return _with_missing(average, params_low) if plan.extra_batch_norm else average
+
+    return jax.tree.map(project, value, is_leaf=is_like_params)
+
+
+def _kinds(tree: Any) -> list[tuple[tuple[int, ...], bool]]:
+    """The shape of every leaf, and whether it has floats."""
+    leaves = jax.tree.leaves(tree)
+    return [(jnp.shape(leaf), jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) for leaf in leaves]
 
 
 def _projection(name: tuple[str, ...]) -> Callable[..., Any] | None:
@@ -270,6 +296,10 @@ def _warn_of_lost(lost: list[str], plan: FactorizationPlan) -> None:
 
 def _with_missing(tree: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _with_missing(tree.get(key, {}), value) if isinstance(value, Mapping) else tree.get(key, value)
+        key: _with_missing(tree.get(key, {}), value)
+        if isinstance(value, Mapping)
+        else tree[key]
+        if key in tree
+        else jnp.copy(value)  # a train step that donates its state needs every array to be there once
         for key, value in template.items()
     }

@@ -223,16 +223,17 @@ def _kernel(path: str, layer: Any, seen: tuple[int, ...]) -> Kernel:
 
 
 def _removed(shape: tuple[int, ...], seen: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of ``shape`` that are missing in ``seen``: where sizes do not tell, the leading ones."""
+    """The axes of ``shape`` that are missing in ``seen``."""
     candidates = [
         axes
         for axes in itertools.combinations(range(len(shape)), len(shape) - len(seen))
         if tuple(size for a, size in enumerate(shape) if a not in axes) == seen
     ]
-    leading = tuple(range(len(shape) - len(seen)))
-    if leading not in candidates and len(candidates) != 1:
-        raise ValueError(f"its kernel of shape {shape} is called as {seen}: which axes are copies?")
-    return leading if leading in candidates else candidates[0]
+    if len(candidates) != 1:  # as many copies as it has inputs, for one: a guess would be wrong in silence
+        raise ValueError(
+            f"its kernel of shape {shape} is called as {seen}: sizes do not tell its copies' axes"
+        )
+    return candidates[0]
 
 
 class _Graph:
