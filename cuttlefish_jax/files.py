@@ -30,11 +30,24 @@ def replace_file(file: Path, contents: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(file.parent, os.O_RDONLY)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk, to be there after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until all of a directory is on the disk: its files and its own names, not its name."""
+    for parent, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
 # A plan of ten thousand layers has a tenth of it.

@@ -6,19 +6,18 @@ tracker), and the SHA-256 of every array and of itself. So reading has two phase
 no model at hand, and :meth:`Restored.into` then puts them into the tree which the record asks for.
 
 orbax's CheckpointManager believes every directory that it finds; which of them to trust, replace and delete
-is the whole point here, so it is decided here, on top of orbax's AsyncCheckpointer.
+is the whole point here, so it is decided here and in ``checkpoint_folder.py``, on top of orbax's
+AsyncCheckpointer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import errno
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,21 @@ from cuttlefish_jax.errors import (
 )
 from cuttlefish_jax.files import check_memory
 from cuttlefish_jax.training.agreement import smallest_of_hosts
+from cuttlefish_jax.training.checkpoint_document import (
+    FORMAT,
+    digest,
+    digest_of_json,
+    make_document,
+    stored_names,
+)
+from cuttlefish_jax.training.checkpoint_folder import CheckpointFolder
 from cuttlefish_jax.training.leaves import host_leaves, named_leaves, stored_shape
 from cuttlefish_jax.training.orbax_tree import check_files, declared_arrays
 
 _log = logging.getLogger(__name__)
 
-# 3 has every array in a file of its own. 2, where orbax kept all in a database (OCDBT), is read, too, and so
-# is 1, which has no records from within epochs: what its records and arrays lack has defaults.
-_FORMAT = 3
-# A checkpoint, or one that waits for its replacement under the same step to be whole.
-_CHECKPOINT = re.compile(r"(\d+)(\.replaced)?")
-_LEFTOVER = re.compile(r"\d+(\.replaced|\.orbax-checkpoint-tmp.*)")
-# What some file system would not have in a name.
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+# Errors that missing and exchanged files make.
+_OF_FILES = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least one checkpoint has to be kept")
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._folder = CheckpointFolder(self.directory, keep)
         self._unfinished: int | None = None
         self._has_failed = False
         logging.getLogger("absl").addFilter(_is_news)
@@ -151,8 +152,8 @@ class Checkpointer:
     def save(self, step: int, arrays: Any, record: Mapping[str, Any]) -> None:
         """Starts to save; the arrays may be donated or changed as soon as it returns.
 
-        Nothing is deleted before the new checkpoint is whole. One with the same step is then replaced, and
-        later ones, which a run that fell back to an earlier checkpoint has left, are removed.
+        Nothing is deleted before the new checkpoint is whole, and on the disk. One with the same step is then
+        replaced, and later ones, which a run that fell back to an earlier checkpoint has left, are removed.
 
         Args:
           step: number of the checkpoint.
@@ -165,13 +166,15 @@ class Checkpointer:
         """
         self.wait()
         leaves, key_types = host_leaves(arrays)
-        payload = _payload(step, record, leaves, key_types)
-        files = _files(payload["leaves"])
+        payload = make_document(step, record, leaves, key_types)
+        files = stored_names(payload["leaves"])
         stored = {file: leaves[name] for name, file in files.items()}
         with self._storage_errors():
+            if not smallest_of_hosts(int(not self._folder.is_doubtful(step))):
+                self._is_whole(2 * step + 1)
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._set_aside(step)
+                self._folder.make_room(step)
             _barrier("checkpoint_save")
             self._orbax.save(
                 self.directory / str(step),
@@ -191,8 +194,8 @@ class Checkpointer:
             # Forgotten first: a save that failed must not be taken for whole when this is called again.
             step, self._unfinished = self._unfinished, None
             self._orbax.wait_until_finished()
-            if step is not None and jax.process_index() == 0:
-                self._tidy(step)
+            if step is not None:
+                self._finish(step)
 
     def close(self) -> None:
         """Waits for the last save and ends orbax's threads.
@@ -227,14 +230,13 @@ class Checkpointer:
           StorageError: if the directory cannot be read.
         """
         with storage_errors(self.directory, action="read"):
-            candidates = self._candidates()
+            candidates = self._folder.checkpoints()
         damages = []
         while (rank := smallest_of_hosts(max(candidates, default=-1))) >= 0:
-            directory = candidates.get(rank, self.directory / str(rank // 2))
-            damage, restored = self._read(directory)
-            if smallest_of_hosts(int(restored is not None)) and restored is not None:
+            damage, restored = self._judged(rank)
+            if restored is not None:
                 return restored
-            damages.append(f"{directory.name}: {damage or 'another host found it damaged'}")
+            damages.append(f"{self._folder.path_of(rank).name}: {damage}")
             _log.warning("passing over a damaged checkpoint, %s/%s", self.directory, damages[-1])
             candidates = {r: path for r, path in candidates.items() if r < rank}
         if not damages:
@@ -253,28 +255,49 @@ class Checkpointer:
             self._has_failed = True
             raise
 
-    def _candidates(self) -> dict[int, Path]:
-        """Every checkpoint by its rank: the newest has the highest, a set-aside one less than its heir."""
-        try:
-            paths = list(self.directory.iterdir())
-        except FileNotFoundError:
-            return {}
-        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in paths]
-        return {2 * int(match[1]) + (not match[2]): path for match, path in matches if match}
+    def settle(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there and whole; if so, what it makes superfluous is deleted.
+
+        Raises:
+          StorageError: if the directory cannot be read.
+        """
+        with self._storage_errors():
+            if not self._is_whole(2 * step + 1):
+                return False
+            self._finish(step)
+        return True
+
+    def _finish(self, step: int) -> None:
+        self._folder.judge(2 * step + 1, is_whole=True)
+        if jax.process_index() == 0:
+            self._folder.finish(step)
+
+    def _is_whole(self, rank: int) -> bool:
+        return self._judged(rank)[1] is not None
+
+    def _judged(self, rank: int) -> tuple[str, Restored | None]:
+        """What is wrong with a checkpoint on any host, or its contents; the folder is told."""
+        damage, restored = self._read(self._folder.path_of(rank))
+        if not smallest_of_hosts(int(restored is not None)) and restored is not None:
+            damage, restored = "another host found it damaged", None
+        self._folder.judge(rank, restored is not None)
+        return damage, restored
 
     def _read(self, directory: Path) -> tuple[str, Restored | None]:
         """What is wrong with a checkpoint, or its contents."""
-        try:
-            with storage_errors(directory, action="read"):
+        with storage_errors(directory, action="read"):
+            try:
                 return "", self._verified(directory)
-        except (UserError, MemoryError):
-            raise
-        except _DamagedError as error:
-            return str(error), None
-        except Exception as error:
-            # Whatever orbax, tensorstore and json throw at broken files: there is no list of it.
-            first_line = str(error).strip().partition("\n")[0][:300]
-            return f"its files are damaged ({type(error).__name__}: {first_line})", None
+            except (UserError, MemoryError):
+                raise
+            except _DamagedError as error:
+                return str(error), None
+            except Exception as error:
+                if of_disk := _disk_error(error):
+                    raise of_disk from error
+                # Whatever orbax, tensorstore and json throw at broken files: there is no list of it.
+                first_line = str(error).strip().partition("\n")[0][:300]
+                return f"its files are damaged ({type(error).__name__}: {first_line})", None
 
     def _verified(self, directory: Path) -> Restored:
         if not ocp.utils.is_checkpoint_finalized(directory):
@@ -283,12 +306,12 @@ class Checkpointer:
         record_args = ocp.args.Composite(record=ocp.args.JsonRestore())
         payload = self._orbax.restore(directory, args=record_args)["record"]
         stated = payload.pop("sha256")
-        if _digest_of_json(payload) != stated:
+        if digest_of_json(payload) != stated:
             raise _DamagedError("its record was altered")
-        if payload["format"] > _FORMAT:
+        if payload["format"] > FORMAT:
             raise CheckpointError(
                 f"the checkpoint {directory} is of format {payload['format']}, and this version of "
-                f"cuttlefish_jax reads formats up to {_FORMAT}: update it, or give another --workdir"
+                f"cuttlefish_jax reads formats up to {FORMAT}: update it, or give another --workdir"
             )
         specs: dict[str, dict[str, Any]] = payload["leaves"]
         check_memory((spec["shape"], spec["dtype"]) for spec in specs.values())
@@ -297,7 +320,7 @@ class Checkpointer:
         arrays = {
             name: np.broadcast_to(np.zeros((), spec["dtype"]), spec["shape"]) for name, spec in specs.items()
         }
-        files = _files(specs)
+        files = stored_names(specs)
         abstract = {file: arrays[name] for name, file in files.items()}
         arrays_args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         read = self._orbax.restore(directory, args=arrays_args)["arrays"]
@@ -305,70 +328,33 @@ class Checkpointer:
         for name, spec in specs.items():
             # Of the bytes alone: they could as well be those of another shape.
             same = list(arrays[name].shape) == spec["shape"] and arrays[name].dtype.name == spec["dtype"]
-            if not same or _digest(arrays[name]) != spec["sha256"]:
+            if not same or digest(arrays[name]) != spec["sha256"]:
                 raise _DamagedError(f"its array {name} was altered")
         key_types = {name: spec["key_type"] for name, spec in specs.items() if "key_type" in spec}
+        for name, key_type in key_types.items():
+            jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=key_type)
         return Restored(payload["step"], payload["record"], directory, arrays, key_types)
-
-    def _set_aside(self, step: int) -> None:
-        """Makes room for a checkpoint whose step exists already, without losing that one."""
-        old, aside = self.directory / str(step), self.directory / f"{step}.replaced"
-        if old.exists():
-            if aside.exists():
-                shutil.rmtree(aside)
-            old.rename(aside)
-
-    def _tidy(self, step: int) -> None:
-        """Deletes everything but the last ``keep`` checkpoints up to ``step``, which is whole."""
-        checkpoints = self._candidates()
-        kept = sorted(rank for rank in checkpoints if rank % 2 and rank <= 2 * step + 1)[-self._keep :]
-        for path in self.directory.iterdir():
-            superfluous = any(path == other for rank, other in checkpoints.items() if rank not in kept)
-            if superfluous or _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 class _DamagedError(Exception):
     """A checkpoint is not what was saved."""
 
 
-def _payload(
-    step: int, record: Mapping[str, Any], leaves: Mapping[str, np.ndarray], key_types: Mapping[str, str]
-) -> dict[str, Any]:
-    specs = {}
-    for index, (name, leaf) in enumerate(leaves.items()):
-        specs[name] = {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "sha256": _digest(leaf)}
-        # The number keeps apart what is alike by then, or where capitals do not count.
-        specs[name]["file"] = f"{index:05d}.{_UNSAFE.sub('_', name.replace('/', '.'))[:100]}"
-        if name in key_types:
-            specs[name]["key_type"] = key_types[name]
-    payload = {"format": _FORMAT, "step": step, "record": dict(record), "leaves": specs}
-    # Through JSON and back, so that the digest is of what will be read: tuples are lists by then.
-    payload = json.loads(json.dumps(payload))
-    return payload | {"sha256": _digest_of_json(payload)}
-
-
-def _files(specs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
-    """What every array is called among orbax's; of those without elements, tensorstore has none."""
-    files = {name: spec.get("file", name) for name, spec in specs.items() if 0 not in spec["shape"]}
-    if len(set(files.values())) < len(files):
-        raise ValueError("two arrays are in one file")
-    return files
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said, if it is to blame for an error: to try again may help, and nothing is damaged."""
+    while error is not None:
+        # tensorstore: "... [OS error 116: ESTALE Stale file handle]"
+        told = re.search(r"\[OS error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number is not None and number not in _OF_FILES:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_news(message: logging.LogRecord) -> bool:
     """orbax warns at every save that there is nothing of OCDBT to merge, which is as it should be."""
     return not str(message.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT")
-
-
-def _digest(array: np.ndarray) -> str:
-    # A view as bytes, because the buffer protocol does not know bfloat16.
-    contiguous = np.ascontiguousarray(array).reshape(-1)
-    return hashlib.sha256(contiguous.view(np.uint8).data).hexdigest()
-
-
-def _digest_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(shape: tuple[int, ...], dtype: Any) -> str:

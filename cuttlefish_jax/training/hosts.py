@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import jax
 
-from cuttlefish_jax.errors import HostLostError, UserError
+from cuttlefish_jax.errors import HostLostError, StorageError, UserError
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
 # fails waits for others that fail by the same error: together less than the minute of docs/runs.md.
@@ -95,13 +95,14 @@ def leave(status: int, error: BaseException) -> int:
       error: why; for a host that is lost nobody waits.
 
     Returns:
-      The status, where there is no other process. Else this function does not return.
+      The status, where there is no other process and nothing to wait for. Else this does not return.
     """
-    if not jax.distributed.is_initialized():
+    # Threads of a save that orbax could not begin wait for five minutes, and the exit for them.
+    if not jax.distributed.is_initialized() and not isinstance(error, StorageError):
         return status
     sys.stdout.flush()
     sys.stderr.flush()
-    if not isinstance(error, HostLostError):
+    if jax.distributed.is_initialized() and not isinstance(error, HostLostError):
         alone = threading.Timer(_PARTING_SECONDS, os._exit, (status,))
         alone.daemon = True
         alone.start()

@@ -98,11 +98,13 @@ class _Run:
         self.notice = Notice()
         self.rank_seconds = 0.0
         self.meter = RankMeter(experiment.kernels, self.config.ranks.method)
-        start = resuming.start(experiment, checkpointer, self.meter)
+        logged = len(directory.read_log("metrics.jsonl"))
+        start = resuming.start(experiment, checkpointer, self.meter, epochs_logged=logged)
         self.progress, self.phase, self.state = start.progress, start.phase, start.state
         self.saved = start.place if start.is_resumed else None
         if start.is_resumed:
             _say(f"going on {self._place()} ({self.phase.name})")
+            resuming.mend_best(best, self.progress, self.state)
         self._profile()
         # What was written after the checkpoint will be written again.
         directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
@@ -359,6 +361,9 @@ class _Run:
         progress = self.progress
         place = progress.epoch, progress.totals.steps, self.phase.name
         if place != self.saved:
+            # Best parameters that this state does not have must not be missing beside it.
+            if progress.best is not None and not progress.is_right_after(progress.best["epoch"]):
+                self.best.wait()
             # A later place in an epoch replaces an earlier one.
             self.checkpointer.save(progress.epoch, self.state, progress.to_record())
             self.saved = place

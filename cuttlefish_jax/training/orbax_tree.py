@@ -5,6 +5,9 @@ No checkpoint is trusted: what its files declare is looked at before orbax takes
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ from cuttlefish_jax.files import check_document, check_memory
 _ITEM = "_METADATA"
 # The names that orbax gives to JSON documents.
 _DOCUMENTS = ("metadata", "_METADATA", "_CHECKPOINT_METADATA", "_sharding")
+# Those of tensorstore.
+_DOCUMENTS += (".zarray", ".zattrs", ".zgroup", "zarr.json")
+# What a file may have beside the numbers of arrays.
+_SLACK = 64 * 2**20
 
 
 def read_tree(directory: Path) -> Any:
@@ -60,10 +67,10 @@ def check_files(directory: Path) -> None:
       ValueError: if it has anything but files and directories (a pipe would be waited for without end), or a
         document is too large for what it should be.
     """
-    for path in directory.rglob("*"):
-        if not (path.is_file() or path.is_dir()):
+    for path in _files(directory):
+        if not path.is_file():
             raise ValueError(f"{path.relative_to(directory)} is neither a file nor a directory")
-        if path.name in _DOCUMENTS and path.is_file():
+        if path.name in _DOCUMENTS:
             check_document(path)
 
 
@@ -77,8 +84,8 @@ def declared_arrays(item: Path) -> Any:
       The tree of the item, of orbax's metadata of arrays: they have a shape and a dtype.
 
     Raises:
-      ValueError: if they are larger than this machine's memory, or are stored elsewhere, or in pieces that
-        are larger than themselves, each of which is read whole.
+      ValueError: if they are larger than this machine's memory, or are stored elsewhere, or in pieces or
+        files that are larger than they, each of which is read whole.
       Exception: whatever orbax and tensorstore raise for damaged files.
     """
     # Behind a relative path, orbax finds nothing.
@@ -86,6 +93,10 @@ def declared_arrays(item: Path) -> Any:
     metadata = handler.metadata(item.absolute())
     arrays = jax.tree.leaves(metadata.tree)
     check_memory((array.shape, array.dtype) for array in arrays)
+    most = _SLACK + sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+    for path in _files(item):
+        if path.stat().st_size > most:
+            raise ValueError(f"{path.relative_to(item)} has more than all arrays together")
     for array in arrays:
         if Path(array.name).is_absolute():  # tensorstore itself refuses ".."
             raise ValueError(f"its array {array.name} is stored outside of it")
@@ -93,6 +104,22 @@ def declared_arrays(item: Path) -> Any:
             if any(part > max(whole, 1) for part, whole in zip(piece, array.shape, strict=True)):
                 raise ValueError(f"{array.name} of shape {array.shape} is stored in pieces of {tuple(piece)}")
     return metadata.tree
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """All that is in a directory and those that are linked from there, but for directories."""
+
+    def fails(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(directory, onerror=fails, followlinks=True):
+        found = os.stat(parent)
+        if (found.st_dev, found.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        yield from (Path(parent, name) for name in names)
 
 
 def _find_item(directory: Path) -> Path:

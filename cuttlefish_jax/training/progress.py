@@ -65,6 +65,10 @@ class Progress:
 
         return self.best is None or goodness(metrics) > goodness(self.best)
 
+    def is_right_after(self, epoch: int) -> bool:
+        """Whether an epoch is trained, and no step of the next."""
+        return (self.epoch, self.totals.steps) == (epoch + 1, 0)
+
     def measure_memory(self, phase: str, found: dict[str, int | None]) -> None:
         """Notes a phase's memory, but what is None: a process that makes no step knows of none."""
         known = {name: size for name, size in found.items() if size is not None}
