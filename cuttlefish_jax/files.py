@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,30 @@ def sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
+
+
+def check_space(directory: Path, sizes: Iterable[int], *, files: int) -> None:
+    """Looks whether a disk has space for files before the first one is begun.
+
+    Args:
+      directory: where they will be; it exists.
+      sizes: of the large ones, in bytes.
+      files: how many names there will be in all, those of directories too.
+
+    Raises:
+      OSError: ENOSPC, with what is short, if it has not.
+    """
+    disk = os.statvfs(directory)
+    block = disk.f_frsize
+    needed = (sum(-(-size // block) for size in sizes) + files) * block
+    free = disk.f_bavail * block
+    if needed > free:
+        short = f"{needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free"
+    elif disk.f_files > 0 and disk.f_favail < files:  # 0: as many as there is space for
+        short = f"{files:,} inodes, and {disk.f_favail:,} are free"
+    else:
+        return
+    raise OSError(errno.ENOSPC, f"it needs {short}")
 
 
 # A plan of ten thousand layers has a tenth of it.

@@ -35,7 +35,7 @@ from cuttlefish_jax.errors import (
     UserError,
     storage_errors,
 )
-from cuttlefish_jax.files import check_memory
+from cuttlefish_jax.files import check_memory, check_space
 from cuttlefish_jax.training.agreement import smallest_of_hosts
 from cuttlefish_jax.training.checkpoint_document import (
     FORMAT,
@@ -50,6 +50,8 @@ from cuttlefish_jax.training.orbax_tree import check_files, declared_arrays
 
 _log = logging.getLogger(__name__)
 
+# What orbax writes besides arrays: documents and directories.
+_OTHER_FILES = 16
 # Errors that missing and exchanged files make.
 _OF_FILES = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 
@@ -174,6 +176,9 @@ class Checkpointer:
                 self._is_whole(2 * step + 1)
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                # orbax tells of a full disk by hundreds of lines.
+                sizes = [leaf.nbytes for leaf in stored.values()]
+                check_space(self.directory, sizes, files=3 * len(sizes) + _OTHER_FILES)
                 self._folder.make_room(step)
             _barrier("checkpoint_save")
             self._orbax.save(
@@ -353,8 +358,9 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 
 def _is_news(message: logging.LogRecord) -> bool:
-    """orbax warns at every save that there is nothing of OCDBT to merge, which is as it should be."""
-    return not str(message.msg).startswith("[process=%s][thread=%s] Skipping merge of OCDBT")
+    """What orbax says of a save that fails comes as an error, too; and OCDBT has nothing to merge here."""
+    is_told = "orbax" in Path(message.pathname).parts and message.exc_info is not None
+    return not is_told and "Skipping merge of OCDBT" not in str(message.msg)
 
 
 def _describe(shape: tuple[int, ...], dtype: Any) -> str:
