@@ -56,15 +56,15 @@ def check_space(directory: Path, sizes: Iterable[int], *, files: int) -> None:
 
     Args:
       directory: where they will be; it exists.
-      sizes: of the large ones, in bytes.
-      files: how many names there will be in all, those of directories too.
+      sizes: of the files, in bytes; of directories each file system has its own.
+      files: how many files and directories there will be in all.
 
     Raises:
       OSError: ENOSPC, with what is short, if it has not.
     """
     disk = os.statvfs(directory)
     block = disk.f_frsize
-    needed = (sum(-(-size // block) for size in sizes) + files) * block
+    needed = sum(-(-size // block) for size in sizes) * block
     free = disk.f_bavail * block
     if needed > free:
         short = f"{needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free"

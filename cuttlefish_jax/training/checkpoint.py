@@ -177,8 +177,8 @@ class Checkpointer:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 # orbax tells of a full disk by hundreds of lines.
-                sizes = [leaf.nbytes for leaf in stored.values()]
-                check_space(self.directory, sizes, files=3 * len(sizes) + _OTHER_FILES)
+                sizes = [size for leaf in stored.values() for size in (leaf.nbytes, 1)]
+                check_space(self.directory, sizes, files=3 * len(stored) + _OTHER_FILES)
                 self._folder.make_room(step)
             _barrier("checkpoint_save")
             self._orbax.save(
