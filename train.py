@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from cuttlefish_jax.errors import UserError
 from cuttlefish_jax.training import hosts
+from cuttlefish_jax.training.console import say
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.preemption import Preempted
 
@@ -99,7 +100,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", stream=sys.stderr)
     return 2
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from cuttlefish_jax.errors import HostLostError, UserError
+from cuttlefish_jax.training.console import Deaf, say
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
 # fails waits for others that fail by the same error: together less than the minute of docs/runs.md.
@@ -99,8 +100,8 @@ def leave(status: int, error: BaseException) -> int:
     """
     if not jax.distributed.is_initialized():
         return status
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        Deaf(stream).flush()
     if not isinstance(error, HostLostError):
         alone = threading.Timer(_PARTING_SECONDS, os._exit, (status,))
         alone.daemon = True
@@ -151,11 +152,10 @@ def _deadline(timeout: int, address: str | None, num_processes: int | None) -> I
     where = "" if address is None else f" at {address}"
 
     def end() -> None:
-        print(
+        say(
             f"error: {who} did not all meet{where} within {timeout} s (--initialization_timeout): start the "
             "same command on every host, and see that process 0 runs and that its port can be reached",
-            file=sys.stderr,
-            flush=True,
+            stream=sys.stderr,
         )
         os._exit(2)
 

@@ -19,6 +19,7 @@ from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
+from cuttlefish_jax.training.console import say
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment
 from cuttlefish_jax.training.hosts import lost_hosts
@@ -385,4 +386,4 @@ class _Run:
 def _say(text: str) -> None:
     """Prints for people, once however many hosts there are."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        say(text)

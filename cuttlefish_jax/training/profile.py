@@ -11,6 +11,7 @@ import jax
 import cuttlefish_jax as cf
 from cuttlefish_jax.errors import WorkdirError
 from cuttlefish_jax.training.agreement import agreed_outcome, first_hosts_text
+from cuttlefish_jax.training.console import say
 
 if TYPE_CHECKING:
     from cuttlefish_jax.training.experiment import Experiment
@@ -35,7 +36,7 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
         text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
     profile = cf.KernelProfile.from_json(first_hosts_text(text))
     if jax.process_index() == 0:
-        print(f"{profile.report()}\n", flush=True)
+        say(f"{profile.report()}\n")
     return profile
 
 
@@ -69,4 +70,4 @@ def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
 
 def _say(done: int, total: int, what: str) -> None:
     # On standard error, as the bars of the epochs: standard output has results only.
-    print(f"measuring what factorizing saves, {done}/{total}: {what}", file=sys.stderr, flush=True)
+    say(f"measuring what factorizing saves, {done}/{total}: {what}", stream=sys.stderr)
