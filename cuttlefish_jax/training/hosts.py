@@ -111,6 +111,12 @@ def leave(status: int, error: BaseException) -> int:
     os._exit(status)
 
 
+def say_once(text: str) -> None:
+    """Prints for people, once however many hosts there are."""
+    if jax.process_index() == 0:
+        say(text)
+
+
 @contextlib.contextmanager
 def lost_hosts() -> Iterator[None]:
     """Turns what JAX raises when the connection to another host breaks into an error that says so.

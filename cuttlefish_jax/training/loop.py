@@ -19,10 +19,9 @@ from cuttlefish_jax.training.calibration import Calibrator
 from cuttlefish_jax.training.check import check_config
 from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
-from cuttlefish_jax.training.console import say
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment
-from cuttlefish_jax.training.hosts import lost_hosts
+from cuttlefish_jax.training.hosts import lost_hosts, say_once
 from cuttlefish_jax.training.method import (
     make_method,
     needs_singular_values,
@@ -65,7 +64,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             check_config(config)
         if directory.is_finished:
             directory.check(config, **belongs)
-            _say(f"{directory.path} is finished: see summary.json there, or give another --workdir")
+            say_once(f"{directory.path} is finished: see summary.json there, or give another --workdir")
             return directory.read_json("summary.json") or {}
         with agreed_outcome():
             experiment = Experiment.from_config(config)
@@ -103,7 +102,7 @@ class _Run:
         self.progress, self.phase, self.state = start.progress, start.phase, start.state
         self.saved = start.place if start.is_resumed else None
         if start.is_resumed:
-            _say(f"going on {self._place()} ({self.phase.name})")
+            say_once(f"going on {self._place()} ({self.phase.name})")
         self._profile()
         # What was written after the checkpoint will be written again.
         directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
@@ -135,7 +134,7 @@ class _Run:
         except Preempted as stopped:
             self._save()
             self.checkpointer.wait()
-            _say(f"{stopped} {self._place()}: saved, and the same command goes on from there")
+            say_once(f"{stopped} {self._place()}: saved, and the same command goes on from there")
             raise
         finally:
             self.switcher.close()
@@ -229,7 +228,7 @@ class _Run:
         if self._stands_for(plan):
             assert progress.foreseen is not None
             plan = progress.foreseen
-        _say(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
+        say_once(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
         if not plan.ranks:
             progress.stays_full_rank = True
             warnings.warn("no layer would get smaller: staying full-rank to the end", stacklevel=2)
@@ -344,7 +343,7 @@ class _Run:
         shown = ("phase", "train_loss", "test_loss", "learning_rate", "examples_per_second")
         now = time.perf_counter()
         left = (now - self.started) / (epoch + 1 - self.first_epoch) * (self.config.epochs - epoch - 1)
-        _say(
+        say_once(
             report.progress_line(
                 epoch=epoch,
                 epochs=self.config.epochs,
@@ -379,11 +378,5 @@ class _Run:
                 title=f"Stable ranks: {self.config.name}",
             )
         self.directory.write_json("summary.json", summary)
-        _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
+        say_once(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
         return summary
-
-
-def _say(text: str) -> None:
-    """Prints for people, once however many hosts there are."""
-    if jax.process_index() == 0:
-        say(text)

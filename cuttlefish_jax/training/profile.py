@@ -12,6 +12,7 @@ import cuttlefish_jax as cf
 from cuttlefish_jax.errors import WorkdirError
 from cuttlefish_jax.training.agreement import agreed_outcome, first_hosts_text
 from cuttlefish_jax.training.console import say
+from cuttlefish_jax.training.hosts import say_once
 
 if TYPE_CHECKING:
     from cuttlefish_jax.training.experiment import Experiment
@@ -35,8 +36,7 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
     with agreed_outcome():
         text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
     profile = cf.KernelProfile.from_json(first_hosts_text(text))
-    if jax.process_index() == 0:
-        say(f"{profile.report()}\n")
+    say_once(f"{profile.report()}\n")
     return profile
 
 

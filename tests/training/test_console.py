@@ -1,6 +1,7 @@
 """What cannot be printed never ends a run, nor changes what the process exits with."""
 
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from cuttlefish_jax.training.report import epoch_bar
 def run(script, **options):
     """A process that has ``say``; importing the package in it would take its time."""
     load = f"import os, runpy, sys\nsay = runpy.run_path({str(Path(console.__file__))!r})['say']\n"
+    options |= {"env": {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}}
     command = [sys.executable, "-c", load + textwrap.dedent(script)]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
 
