@@ -42,7 +42,7 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
 
 def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
     file = directory.path / _FILE
-    if (document := directory.read_json(_FILE)) is not None:
+    if (document := directory.read_json(_FILE, object)) is not None:
         # Not measured again: a run that goes on has to decide as it did before, on another device too.
         try:
             profile = cf.KernelProfile.from_json(json.dumps(document))
