@@ -33,7 +33,7 @@ from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.start import check_data, shared_workdir
-from cuttlefish_jax.training.summary import summarize
+from cuttlefish_jax.training.summary import draw_ranks, read_metrics, summarize
 from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
@@ -106,7 +106,9 @@ class _Run:
         self._profile()
         # What was written after the checkpoint will be written again.
         directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
-        directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + start.is_resumed)
+        directory.rewind_log(
+            "ranks.jsonl", epoch=self.progress.epoch + start.is_resumed, last=self.progress.switch_epoch
+        )
         self._measure_first(start.is_resumed)
         self.calibrator = self._calibrator()
         self.switcher = Switcher(self.experiment, self.calibrator)
@@ -366,17 +368,8 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         self.checkpointer.wait()
         self.best.wait()
-        summary = summarize(
-            self.experiment, self.phase, self.progress, self.directory.read_log("metrics.jsonl")
-        )
-        if self.directory.is_writer:
-            report.plot_ranks(
-                [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
-                self.directory.path / "ranks.png",
-                switch_epoch=self.progress.switch_epoch,
-                factorized=summary["ranks"] or None,
-                title=f"Stable ranks: {self.config.name}",
-            )
+        summary = summarize(self.experiment, self.phase, self.progress, read_metrics(self.directory))
         self.directory.write_json("summary.json", summary)
+        draw_ranks(self.directory, summary, title=f"Stable ranks: {self.config.name}")
         say_once(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
         return summary
