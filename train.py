@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from cuttlefish_jax.errors import UserError
 from cuttlefish_jax.training import hosts
+from cuttlefish_jax.training.console import say
 from cuttlefish_jax.training.loop import run
 from cuttlefish_jax.training.preemption import Preempted
 
@@ -79,9 +80,18 @@ def _use_cache(folder: str | None) -> None:
     if folder is None:
         if jax.config.values["jax_compilation_cache_dir"]:  # of the environment
             return
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "cuttlefish_jax" / "compiled")
+        folder = _default_cache()
     jax.config.update("jax_compilation_cache_dir", folder or None)
+
+
+def _default_cache() -> str:
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user that the system does not know, as in some containers
+        reason = "there is no home folder: give --compilation_cache or set HOME"
+        say(f"warning: compiled programs are not kept for the next run, {reason}", stream=sys.stderr)
+        return ""
+    return str(Path(home) / "cuttlefish_jax" / "compiled")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -99,7 +109,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", stream=sys.stderr)
     return 2
 
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,12 @@ _NOT_A_DIRECTORY = (errno.ENOTDIR, errno.EEXIST)
 
 @contextlib.contextmanager
 def storage_errors(path: str | Path, *, action: str = "write", option: str = "--workdir") -> Iterator[None]:
-    """Turns a full disk and missing permissions into a :class:`StorageError` that names ``path``.
+    """Turns what the file system refuses into a :class:`StorageError` that names ``path``.
 
-    Libraries written in C++ report these as text in an exception of another type, and asynchronous ones as
-    the cause of one; both are recognised. Every other exception passes through unchanged.
+    Libraries written in C++ report a full disk, missing permissions and files where directories should be as
+    text in an exception of another type, and asynchronous ones as the cause of one; these are recognised.
+    Every other exception passes through unchanged, and when reading also that a file below ``path`` is
+    missing or of another kind: then what is there is damaged, and the storage is not to blame.
 
     Args:
       path: what is being written or read.
@@ -81,6 +82,8 @@ def storage_errors(path: str | Path, *, action: str = "write", option: str = "--
     except UserError:
         raise
     except Exception as error:
+        if action == "read" and _is_below(error, path):
+            raise
         advice = _advice(error, Path(path), option)
         if advice is None:
             raise
@@ -91,15 +94,36 @@ def _advice(error: BaseException, path: Path, option: str) -> str | None:
     """What went wrong and what to do about it; None if it is not about storage."""
     chain = _chain(error)
     if _any_of(chain, _FULL):
+        # files.check_space knows how much is missing.
+        told = [e.strerror for e in chain if isinstance(e, OSError) and e.errno in _FULL and e.strerror]
+        short = next((text for text in told if text.startswith("it needs ")), None) or _free_space(path)
         return (
-            f"no space left on the disk ({_free_space(path)} free). Free some, or give a {option} on "
+            f"no space left on the disk ({short}). Free some, or give a {option} on "
             "another disk; what was saved before is whole, and the same command goes on from there"
         )
     if _any_of(chain, _FORBIDDEN):
         return f"permission denied. Change the permissions, or give another {option}"
     if _any_of(chain, _NOT_A_DIRECTORY):
-        return f"a part of this path is a file, not a directory. Give another {option}"
+        parts = (part for part in (path, *path.parents) if os.path.exists(part) and not os.path.isdir(part))
+        return f"{next(parts, 'a part of this path')} is a file, not a directory. Give another {option}"
+    found = _system_error(error)
+    return None if found is None else f"{os.strerror(found[1])}. Mend that, or give another {option}"
+
+
+def _system_error(error: BaseException | None) -> tuple[OSError, int] | None:
+    """The error of the file system, and its number, that an error is or was made from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error, error.errno
+        error = error.__cause__
     return None
+
+
+def _is_below(error: BaseException, path: str | Path) -> bool:
+    """Whether an error is that a file below ``path``, not that itself, is missing or of another kind."""
+    found = _system_error(error)
+    kinds = FileNotFoundError | IsADirectoryError | NotADirectoryError
+    return found is not None and isinstance(found[0], kinds) and str(found[0].filename) != str(path)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -130,5 +154,9 @@ def _any_of(chain: list[BaseException], numbers: tuple[int, ...]) -> bool:
 
 
 def _free_space(path: Path) -> str:
-    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
-    return f"{shutil.disk_usage(existing).free / 2**20:.0f} MiB"
+    existing = next((p for p in (path, *path.absolute().parents) if os.path.exists(p)), Path("/"))
+    space = os.statvfs(existing)
+    # Some file systems do not count them, and have 0 of 0.
+    if space.f_files and not space.f_favail:
+        return "no inodes left: it has as many files as it can have, whatever their size"
+    return f"{space.f_bavail * space.f_frsize / 2**20:.0f} MiB free"

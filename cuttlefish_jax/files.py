@@ -79,16 +79,20 @@ def check_space(directory: Path, sizes: Iterable[int], *, files: int) -> None:
 _LARGEST_DOCUMENT = 64 * 2**20
 
 
-def read_document(path: Path) -> bytes:
+def read_document(path: Path, *, largest: int = _LARGEST_DOCUMENT) -> bytes:
     """The contents of a JSON document that is not trusted.
+
+    Args:
+      path: of the document.
+      largest: how many bytes it may have.
 
     Raises:
       OSError: if the file cannot be read.
       ValueError: if it is too large for what it should be.
     """
     with path.open("rb") as file:
-        content = file.read(_LARGEST_DOCUMENT + 1)
-    _check_size(len(content))
+        content = file.read(largest + 1)
+    _check_size(len(content), largest)
     return content
 
 
@@ -105,9 +109,9 @@ def check_document(path: Path) -> None:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _check_size(size: int) -> None:
-    if size > _LARGEST_DOCUMENT:
-        raise ValueError(f"it has more than {_LARGEST_DOCUMENT // 2**20} MiB, too much for such a document")
+def _check_size(size: int, largest: int = _LARGEST_DOCUMENT) -> None:
+    if size > largest:
+        raise ValueError(f"it has more than {largest // 2**20} MiB, too much for such a document")
 
 
 def check_memory(arrays: Iterable[tuple[Sequence[int], str]]) -> None:

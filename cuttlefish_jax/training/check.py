@@ -68,13 +68,15 @@ def check_config(config: Config) -> None:
     for key in at_least_1.split():
         _check_number(config, key, lambda value: value >= 1, "1 or more")
     at_least_0 = (
-        "seed switch.epoch switch.recalibration_batches plan.calibration_batches profile.min_speedup "
+        "switch.epoch switch.recalibration_batches plan.calibration_batches profile.min_speedup "
         "profile.min_layer_speedup "
         "data.train_examples data.validation_examples data.workers data.crop_padding data.color_jitter "
         "data.mixup data.cutmix checkpoint.every_steps"
     )
     for key in at_least_0.split():
         _check_number(config, key, lambda value: value >= 0, "0 or more")
+    # JAX would take the last 32 bits of a larger one, and give two runs the same numbers.
+    _check_number(config, "seed", lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")
     for key in (
         "switch.deadline",
         "plan.rank_ratio",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from cuttlefish_jax.errors import HostLostError, StorageError, UserError
+from cuttlefish_jax.training.console import Deaf, say
 
 # How long JAX waits for a sign of life from a process before it ends all others, and how long a process that
 # fails waits for others that fail by the same error: together less than the minute of docs/runs.md.
@@ -100,8 +101,8 @@ def leave(status: int, error: BaseException) -> int:
     # Threads of a save that orbax could not begin wait for five minutes, and the exit for them.
     if not jax.distributed.is_initialized() and not isinstance(error, StorageError):
         return status
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        Deaf(stream).flush()
     if jax.distributed.is_initialized() and not isinstance(error, HostLostError):
         alone = threading.Timer(_PARTING_SECONDS, os._exit, (status,))
         alone.daemon = True
@@ -109,6 +110,12 @@ def leave(status: int, error: BaseException) -> int:
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
     os._exit(status)
+
+
+def say_once(text: str) -> None:
+    """Prints for people, once however many hosts there are."""
+    if jax.process_index() == 0:
+        say(text)
 
 
 @contextlib.contextmanager
@@ -152,11 +159,10 @@ def _deadline(timeout: int, address: str | None, num_processes: int | None) -> I
     where = "" if address is None else f" at {address}"
 
     def end() -> None:
-        print(
+        say(
             f"error: {who} did not all meet{where} within {timeout} s (--initialization_timeout): start the "
             "same command on every host, and see that process 0 runs and that its port can be reached",
-            file=sys.stderr,
-            flush=True,
+            stream=sys.stderr,
         )
         os._exit(2)
 

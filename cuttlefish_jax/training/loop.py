@@ -21,7 +21,7 @@ from cuttlefish_jax.training.checkpoint import Checkpointer
 from cuttlefish_jax.training.config import Config, default_config
 from cuttlefish_jax.training.epoch import EpochTotals, evaluate_splits, train_epoch
 from cuttlefish_jax.training.experiment import Experiment
-from cuttlefish_jax.training.hosts import lost_hosts
+from cuttlefish_jax.training.hosts import lost_hosts, say_once
 from cuttlefish_jax.training.method import (
     make_method,
     needs_singular_values,
@@ -33,7 +33,7 @@ from cuttlefish_jax.training.profile import get_profile
 from cuttlefish_jax.training.rank_meter import RankMeter
 from cuttlefish_jax.training.recalibration import recalibrate
 from cuttlefish_jax.training.start import check_data, shared_workdir
-from cuttlefish_jax.training.summary import summarize
+from cuttlefish_jax.training.summary import draw_ranks, read_metrics, summarize
 from cuttlefish_jax.training.switch_timing import next_switch, switch_is_due
 from cuttlefish_jax.training.switching import Switcher, nearly_equal
 from cuttlefish_jax.training.workdir import Workdir
@@ -64,7 +64,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             check_config(config)
         if directory.is_finished:
             directory.check(config, **belongs)
-            _say(f"{directory.path} is finished: see summary.json there, or give another --workdir")
+            say_once(f"{directory.path} is finished: see summary.json there, or give another --workdir")
             return directory.read_json("summary.json") or {}
         with agreed_outcome():
             experiment = Experiment.from_config(config)
@@ -103,12 +103,14 @@ class _Run:
         self.progress, self.phase, self.state = start.progress, start.phase, start.state
         self.saved = start.place if start.is_resumed else None
         if start.is_resumed:
-            _say(f"going on {self._place()} ({self.phase.name})")
+            say_once(f"going on {self._place()} ({self.phase.name})")
             resuming.mend_best(best, self.progress, self.state)
         self._profile()
         # What was written after the checkpoint will be written again.
         directory.rewind_log("metrics.jsonl", epoch=self.progress.epoch)
-        directory.rewind_log("ranks.jsonl", epoch=self.progress.epoch + start.is_resumed)
+        directory.rewind_log(
+            "ranks.jsonl", epoch=self.progress.epoch + start.is_resumed, last=self.progress.switch_epoch
+        )
         self._measure_first(start.is_resumed)
         self.calibrator = self._calibrator()
         self.switcher = Switcher(self.experiment, self.calibrator)
@@ -136,7 +138,7 @@ class _Run:
         except Preempted as stopped:
             self._save()
             self.checkpointer.wait()
-            _say(f"{stopped} {self._place()}: saved, and the same command goes on from there")
+            say_once(f"{stopped} {self._place()}: saved, and the same command goes on from there")
             raise
         finally:
             self.switcher.close()
@@ -230,7 +232,7 @@ class _Run:
         if self._stands_for(plan):
             assert progress.foreseen is not None
             plan = progress.foreseen
-        _say(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
+        say_once(f"\nSwitching to low rank at epoch {epoch}:\n{plan.report()}\n")
         if not plan.ranks:
             progress.stays_full_rank = True
             warnings.warn("no layer would get smaller: staying full-rank to the end", stacklevel=2)
@@ -345,7 +347,7 @@ class _Run:
         shown = ("phase", "train_loss", "test_loss", "learning_rate", "examples_per_second")
         now = time.perf_counter()
         left = (now - self.started) / (epoch + 1 - self.first_epoch) * (self.config.epochs - epoch - 1)
-        _say(
+        say_once(
             report.progress_line(
                 epoch=epoch,
                 epochs=self.config.epochs,
@@ -371,23 +373,8 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         self.checkpointer.wait()
         self.best.wait()
-        summary = summarize(
-            self.experiment, self.phase, self.progress, self.directory.read_log("metrics.jsonl")
-        )
-        if self.directory.is_writer:
-            report.plot_ranks(
-                [(line.pop("epoch"), line) for line in self.directory.read_log("ranks.jsonl")],
-                self.directory.path / "ranks.png",
-                switch_epoch=self.progress.switch_epoch,
-                factorized=summary["ranks"] or None,
-                title=f"Stable ranks: {self.config.name}",
-            )
+        summary = summarize(self.experiment, self.phase, self.progress, read_metrics(self.directory))
         self.directory.write_json("summary.json", summary)
-        _say(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
+        draw_ranks(self.directory, summary, title=f"Stable ranks: {self.config.name}")
+        say_once(f"\n{report.summary_table(summary)}\neverything is in {self.directory.path}")
         return summary
-
-
-def _say(text: str) -> None:
-    """Prints for people, once however many hosts there are."""
-    if jax.process_index() == 0:
-        print(text, flush=True)

@@ -19,7 +19,7 @@ _SMALL = 1024  # entries; such arrays are never split over devices
 
 _ADVICE = (
     "lower config.schedule.peak or set config.optimizer.clip_norm, with another --workdir; "
-    "the last checkpoint is whole"
+    "the last checkpoint, if any, is whole"
 )
 
 

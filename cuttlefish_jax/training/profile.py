@@ -11,6 +11,8 @@ import jax
 import cuttlefish_jax as cf
 from cuttlefish_jax.errors import WorkdirError
 from cuttlefish_jax.training.agreement import agreed_outcome, first_hosts_text
+from cuttlefish_jax.training.console import say
+from cuttlefish_jax.training.hosts import say_once
 
 if TYPE_CHECKING:
     from cuttlefish_jax.training.experiment import Experiment
@@ -34,14 +36,13 @@ def get_profile(experiment: Experiment, directory: Workdir) -> cf.KernelProfile:
     with agreed_outcome():
         text = _first_host_profile(experiment, directory) if jax.process_index() == 0 else ""
     profile = cf.KernelProfile.from_json(first_hosts_text(text))
-    if jax.process_index() == 0:
-        print(f"{profile.report()}\n", flush=True)
+    say_once(f"{profile.report()}\n")
     return profile
 
 
 def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
     file = directory.path / _FILE
-    if (document := directory.read_json(_FILE)) is not None:
+    if (document := directory.read_json(_FILE, object)) is not None:
         # Not measured again: a run that goes on has to decide as it did before, on another device too.
         try:
             profile = cf.KernelProfile.from_json(json.dumps(document))
@@ -69,4 +70,4 @@ def _first_host_profile(experiment: Experiment, directory: Workdir) -> str:
 
 def _say(done: int, total: int, what: str) -> None:
     # On standard error, as the bars of the epochs: standard output has results only.
-    print(f"measuring what factorizing saves, {done}/{total}: {what}", file=sys.stderr, flush=True)
+    say(f"measuring what factorizing saves, {done}/{total}: {what}", stream=sys.stderr)

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 from matplotlib import colormaps
@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cuttlefish_jax.errors import storage_errors
 from cuttlefish_jax.files import replace_file
+from cuttlefish_jax.training.console import Deaf
 
 # More layers than this have a colour scale by depth instead of a legend.
 _MAX_LEGEND = 12
@@ -119,7 +120,8 @@ def epoch_bar(
         yield lambda steps: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+    console = Console(file=cast(TextIO, Deaf(stream)))
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=total)
         yield lambda steps: progress.advance(task, steps)
 

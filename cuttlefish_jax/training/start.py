@@ -113,7 +113,7 @@ def _check_shared(directory: Workdir) -> None:
 
 
 def _blind_hosts(directory: Workdir, message: str) -> list[str]:
-    sees = multihost_utils.process_allgather(np.asarray(directory.read_json(_MEETING) == message))
+    sees = multihost_utils.process_allgather(np.asarray(directory.read_json(_MEETING, str) == message))
     return [f"host {host}" for host in np.flatnonzero(~sees.ravel())]
 
 

@@ -6,10 +6,12 @@ a whole, and logs (one JSON object per line) only grow, so that at most their la
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import errno
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping
 from io import FileIO
 from pathlib import Path
@@ -17,8 +19,15 @@ from typing import Any
 
 from cuttlefish_jax.errors import WorkdirError, storage_errors
 from cuttlefish_jax.files import read_document, replace_file
+from cuttlefish_jax.training.lock import check_lock, take_lock
 
 _log = logging.getLogger(__name__)
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Of the 4096 bytes that systems allow a path, without what the files of checkpoints are called.
+_LONGEST_PATH = 3500
+# Of ten thousand layers, 500 epochs.
+_LARGEST_LOG = 256 * 2**20
 
 
 class Workdir:
@@ -30,8 +39,8 @@ class Workdir:
         does. Everything that writes does nothing on the others.
 
     Raises:
-      WorkdirError: if another process runs in the same directory.
-      StorageError: if the directory cannot be made or written.
+      WorkdirError: if another process runs in the same directory, or its name is not one of a directory.
+      StorageError: if the directory cannot be made or written; a finished run's need not be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, is_writer: bool = True):
@@ -39,9 +48,14 @@ class Workdir:
         self.is_writer = is_writer
         self._lock: int | None = None
         with storage_errors(self.path):
+            _check_name(os.fspath(path))
             self.path.mkdir(parents=True, exist_ok=True)
             if is_writer:
-                self._lock = _lock(self.path)
+                try:
+                    self._lock = take_lock(self.path)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not self.is_finished:
+                        raise
 
     def __enter__(self) -> Workdir:
         return self
@@ -62,8 +76,8 @@ class Workdir:
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run came to its end here: ``summary.json`` is the last thing that it writes."""
-        return (self.path / "summary.json").exists()
+        """Whether a run came to its end here: behind ``summary.json`` it writes nothing but a picture."""
+        return os.path.exists(self.path / "summary.json")
 
     def claim(
         self,
@@ -84,6 +98,7 @@ class Workdir:
 
         Raises:
           WorkdirError: if the directory belongs to a run with other settings; the message has all of them.
+            Also if a run has left something here, but not its settings.
         """
         is_free = self.check(config, ignore=ignore, defaults=defaults)
         if is_free:
@@ -101,8 +116,12 @@ class Workdir:
         ours = json.loads(_to_json(config))
         theirs = self.read_json("config.json")
         if theirs is None:
+            self._check_free()
             return True
-        theirs = _flatten(json.loads(_to_json(defaults or {}))) | _flatten(theirs)
+        try:
+            theirs = _flatten(json.loads(_to_json(defaults or {}))) | _flatten(theirs)
+        except RecursionError as error:
+            raise self._damaged("config.json", error) from error
         ours = _flatten(ours)
         different = [
             f"{key} (there {_show(theirs, key)}, here {_show(ours, key)})"
@@ -116,22 +135,52 @@ class Workdir:
             )
         return False
 
-    def read_json(self, name: str) -> Any | None:
+    def _check_free(self) -> None:
+        """Refuses what a run without its settings has left: those of the next one may be others."""
+        for folder in ("checkpoints", "best"):
+            with storage_errors(self.path / folder, action="read"), contextlib.suppress(FileNotFoundError):
+                # What is not of a checkpoint may be a file manager's.
+                if any(name[0].isdecimal() for name in os.listdir(self.path / folder)):
+                    raise self._without_settings(folder)
+        for name in ("metrics.jsonl", "summary.json"):
+            if os.path.lexists(self.path / name):
+                raise self._without_settings(name)
+        # The ranks of a new network are written before the settings are known to be right.
+        if any(record["epoch"] > 0 for record in self.read_log("ranks.jsonl")):
+            raise self._without_settings("ranks.jsonl")
+
+    def _without_settings(self, found: str) -> WorkdirError:
+        return WorkdirError(
+            f"{self.path} has {found} and no config.json, which says with what settings that was trained. "
+            "Restore the file, or give another --workdir"
+        )
+
+    def read_json(self, name: str, kind: type = dict) -> Any | None:
         """The contents of a JSON file, or None if there is none.
 
+        Args:
+          name: of the file.
+          kind: what type they are of.
+
         Raises:
-          WorkdirError: if the file is not JSON.
+          WorkdirError: if the file is not JSON, or of another type.
         """
         file = self.path / name
         with storage_errors(file, action="read"):
             try:
-                return json.loads(read_document(file))
+                document = json.loads(read_document(file))
             except FileNotFoundError:
                 return None
             except (ValueError, RecursionError) as error:
-                raise WorkdirError(
-                    f"{file} is damaged ({error}). Give another --workdir, or restore the file"
-                ) from error
+                raise self._damaged(name, error) from error
+        if not isinstance(document, kind):
+            raise self._damaged(name, f"it is {_name(document)}, not {_name(kind())}")
+        return document
+
+    def _damaged(self, name: str, reason: object) -> WorkdirError:
+        return WorkdirError(
+            f"{self.path / name} is damaged ({reason}). Give another --workdir, or restore the file"
+        )
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file in one step: a reader finds the old one or the new one, never a part.
@@ -148,9 +197,12 @@ class Workdir:
 
         Raises:
           StorageError: if the disk is full; no part of the line is left.
+          WorkdirError: if the directory may be another run's by now.
         """
         if not self.is_writer:
             return
+        if self._lock is not None:
+            check_lock(self.path, self._lock)
         file = self.path / name
         line = (_to_json(record) + "\n").encode()
         # Unbuffered: nothing may be left in a buffer, to be written after a failure was cleaned up.
@@ -170,31 +222,57 @@ class Workdir:
         """The lines of a log; a torn last one is left out, a missing file is an empty log.
 
         Raises:
-          WorkdirError: if any other line is damaged.
+          WorkdirError: if any other line is not a JSON object with an ``"epoch"``; or the file is too large.
         """
         file = self.path / name
         with storage_errors(file, action="read"):
             try:
-                text = file.read_bytes()
+                text = read_document(file, largest=_LARGEST_LOG)
             except FileNotFoundError:
                 return []
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
-        try:
-            return [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
-            raise WorkdirError(
-                f"{file} is damaged ({error}). Delete its bad lines, or give another --workdir"
-            ) from error
+            except ValueError as error:
+                raise self._damaged(name, error) from error
+        lines = text.split(b"\n")[:-1]  # what is behind the last newline was torn
+        return [self._record(name, number, line) for number, line in enumerate(lines, 1)]
 
-    def rewind_log(self, name: str, *, epoch: int) -> None:
+    def _record(self, name: str, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"it is {_name(record)}, not {_name({})}")
+            if type(record.get("epoch")) is not int:
+                raise ValueError('it has no "epoch"')
+        except (ValueError, RecursionError) as error:
+            # Python counts lines within what it is given, and that is one.
+            reason = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            raise WorkdirError(
+                f"{self.path / name} is damaged, in line {number} ({reason}). Delete its bad lines, or give "
+                "another --workdir"
+            ) from error
+        return record
+
+    def rewind_log(self, name: str, *, epoch: int, last: int | None = None) -> None:
         """Drops the lines of ``epoch`` and later ones, which a resumed run will write again.
+
+        Lines before that which are missing cannot be had again: a warning, and no reason not to go on.
 
         Args:
           name: the log; each of its lines has an ``"epoch"``.
           epoch: the epoch that the run goes on with.
+          last: the last epoch that the log has; None if there is no such.
         """
         kept = [record for record in self.read_log(name) if record["epoch"] < epoch]
-        if (self.path / name).exists():
+        there = {record["epoch"] for record in kept}
+        expected = range(epoch if last is None else min(epoch, last + 1))
+        missing = [number for number in expected if number not in there]
+        if missing and self.is_writer:
+            _log.warning(
+                "%s has lost %d of its lines, that of epoch %d first: the run goes on without them",
+                self.path / name, len(missing), missing[0],
+            )  # fmt: skip
+        if os.path.exists(self.path / name):
             self._replace(self.path / name, "".join(_to_json(record) + "\n" for record in kept))
 
     def _replace(self, file: Path, text: str) -> None:
@@ -203,24 +281,21 @@ class Workdir:
                 replace_file(file, text.encode())
 
 
-def _lock(directory: Path) -> int:
-    """An open file descriptor that holds the lock; the system drops it when the process dies."""
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
+def _check_name(name: str) -> None:
+    if _SCHEME.match(name):
         raise WorkdirError(
-            f"another run is working in {directory} (process {owner}). Wait for its end, or give another "
-            "--workdir"
-        ) from None
-    except OSError as error:
-        # Some network file systems have no locks; that is no reason not to train on them.
-        _log.warning("cannot lock %s (%s): make sure that no other run uses it", directory, error)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-    return descriptor
+            f"{name} is not on this machine's file system, where a run writes: mount that storage, and give "
+            "the folder as --workdir"
+        )
+    try:
+        length = len(os.path.abspath(name).encode())
+    except UnicodeEncodeError as error:
+        raise WorkdirError(f"--workdir={name!a}: its name is not UTF-8. Give another one") from error
+    if length > _LONGEST_PATH:
+        raise WorkdirError(
+            f"--workdir={name[:40]}...: its path has {length} bytes. Give one of at most {_LONGEST_PATH}: "
+            "the files in it have longer ones"
+        )
 
 
 def _end_of_last_whole_line(stream: FileIO) -> int:
@@ -247,6 +322,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+_NAMES = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+
+
+def _name(value: Any) -> str:
+    """What JSON calls a value's type."""
+    return _NAMES.get(type(value), "a number or a truth value")
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

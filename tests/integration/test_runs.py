@@ -65,12 +65,29 @@ def test_a_run_leaves_every_artifact(tiny_config, tmp_path, capsys):
         run(tiny_config(parallelism="fsdpp"), tmp_path)
 
 
-def test_full_rank_never_switches(tiny_config, tmp_path):
-    summary = run(tiny_config(method="full_rank", epochs=2), tmp_path)
+def test_full_rank_never_switches(tiny_config, tmp_path, caplog):
+    (tmp_path / "ranks.png").mkdir()
+    with pytest.warns(UserWarning, match=r"no picture of the stable ranks: .*ranks\.png: Is a directory"):
+        summary = run(tiny_config(method="full_rank", epochs=2), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["switch_epoch"] is None
     assert summary["params_final"] == summary["params_full"]
     assert summary["ranks"] == {}
     assert not (tmp_path / "plan.json").exists()
+
+    # Without its results it is a run that was interrupted at the very end; and without its log it has none.
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "ranks.png").rmdir()
+    again = run(tiny_config(method="full_rank", epochs=2), tmp_path)
+    assert again["test_score"] == summary["test_score"]
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl has lost the line of the last epoch, 1, "):
+        run(tiny_config(method="full_rank", epochs=2), tmp_path)
+    assert "has lost 2 of its lines, that of epoch 0 first" in caplog.text
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(WorkdirError, match=r"has checkpoints and no config\.json"):
+        run(tiny_config(method="full_rank", epochs=2, seed=1), tmp_path)
 
 
 @pytest.mark.parametrize(("switch_epoch", "phases"), [(0, ["low_rank"]), (1, ["full_rank"])])

@@ -231,7 +231,7 @@ NAN = float("nan")
         ("evaluation.every_epochs", [0], "1 or more"),
         ("switch.epoch", [-1], "0 or more"),
         ("profile.min_speedup", [-0.5, NAN], "0 or more"),
-        ("seed", [-1], "0 or more"),
+        ("seed", [-1, 2**32, 2**64], r"from 0 to 2\*\*32 - 1"),
         ("data.workers", [-1], "0 or more"),
         ("data.train_examples", [-1], "0 or more"),
         ("data.validation_examples", [-4], "0 or more"),

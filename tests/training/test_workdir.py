@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cuttlefish_jax.errors import StorageError, WorkdirError
+from cuttlefish_jax.errors import StorageError, UserError, WorkdirError
 from cuttlefish_jax.training.config import default_config
 from cuttlefish_jax.training.workdir import Workdir
 
@@ -75,11 +76,52 @@ def test_settings_that_an_older_version_did_not_know_had_their_defaults(workdir)
         workdir.check({"a": {"b": 1, "new": 4}}, defaults=defaults)
 
 
-@pytest.mark.parametrize("text", [b'{"seed": ', b"[" * 100_000, b"\xff\xfe{"])
+@pytest.mark.parametrize(
+    "text",
+    [b'{"seed": ', b"[" * 100_000, b"\xff\xfe{", b"[1]", b"null", b'"x"'],
+)
 def test_a_damaged_json_file_is_named(workdir, text):
     (workdir.path / "config.json").write_bytes(text)
-    with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged") as error:
         workdir.claim({"seed": 0})
+    assert "\n" not in str(error.value)
+    assert (workdir.path / "config.json").read_bytes() == text
+
+
+def test_settings_nested_however_deep_are_refused(workdir):
+    for depth in range(500, 1000, 7):
+        (workdir.path / "config.json").write_text('{"a":' * depth + "1" + "}" * depth)
+        with pytest.raises(WorkdirError):
+            workdir.check({"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("checkpoints/12/record", ""),
+        ("best/3.replaced/record", ""),
+        ("metrics.jsonl", '{"epoch": 0}\n'),
+        ("ranks.jsonl", '{"epoch": 0}\n{"epoch": 1}\n'),
+        ("summary.json", "{}"),
+    ],
+)
+def test_what_a_run_left_without_its_settings_is_refused(workdir, name, text):
+    (workdir.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (workdir.path / name).write_text(text)
+    what = name.partition("/")[0].replace(".", r"\.")
+    with pytest.raises(WorkdirError, match=rf"/one has {what} and no config\.json, .* another --workdir$"):
+        workdir.check({"seed": 0})
+    with pytest.raises(WorkdirError, match=what):
+        workdir.claim({"seed": 0})
+    assert not (workdir.path / "config.json").exists()
+
+
+def test_what_a_run_leaves_before_it_begins_is_free(workdir):
+    (workdir.path / "checkpoints").mkdir()
+    (workdir.path / "checkpoints" / ".folder_view").write_text("")
+    (workdir.path / "profile.json").write_text("{}")
+    workdir.append("ranks.jsonl", {"epoch": 0})
+    assert workdir.claim({"seed": 0})
 
 
 def test_json_takes_arrays_and_is_replaced_as_a_whole(workdir):
@@ -143,16 +185,65 @@ def test_damage_within_a_log_is_an_error(workdir):
         workdir.read_log("log.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("5", "it is a number or a truth value, not an object"),
+        ("null", "it is null, not an object"),
+        ('{"loss": 1}', 'it has no "epoch"'),
+        ('{"epoch": "2"}', 'it has no "epoch"'),
+        ('{"epoch": 2, ', r"Expecting property name .* at column \d+"),
+        ("", "Expecting value at column 1"),
+        ("\xff", "'utf-8' codec .*"),
+    ],
+)
+def test_a_bad_line_of_a_log_is_named_by_its_number(workdir, line, reason):
+    text = '{"epoch": 0}\n{"epoch": 1, "x": "\\u2028"}\n' + line + '\n{"epoch": 3}\n'
+    (workdir.path / "log.jsonl").write_text(text, encoding="latin-1")
+    with pytest.raises(WorkdirError, match=rf"log\.jsonl is damaged, in line 3 \({reason}\)\. Del") as error:
+        workdir.read_log("log.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_a_log_that_is_too_large_is_not_read(workdir):
+    with open(workdir.path / "log.jsonl", "wb") as file:
+        file.truncate(2**40)  # without taking space
+    with pytest.raises(WorkdirError, match=r"log\.jsonl is damaged \(it has more than 256 MiB"):
+        workdir.read_log("log.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "epoch", "last", "lost"),
+    [
+        ([0, 1, 2, 3], 3, None, None),
+        ([0, 2, 3], 3, None, "1 of its lines, that of epoch 1 first"),
+        ([], 2, None, "2 of its lines, that of epoch 0 first"),
+        ([0, 1], 4, None, "2 of its lines, that of epoch 2 first"),
+        ([0, 1], 4, 1, None),
+        ([0], 4, 1, "1 of its lines, that of epoch 1 first"),
+        ([0, 1, 2, 3], 0, None, None),
+    ],
+)
+def test_lines_that_a_log_has_lost_are_a_warning(workdir, caplog, epochs, epoch, last, lost):
+    for number in epochs:
+        workdir.append("log.jsonl", {"epoch": number})
+    workdir.rewind_log("log.jsonl", epoch=epoch, last=last)
+    said = [record.getMessage() for record in caplog.records]
+    expected = f"{workdir.path}/log.jsonl has lost {lost}: the run goes on without them"
+    assert said == ([expected] if lost else [])
+    assert [line["epoch"] for line in workdir.read_log("log.jsonl")] == [n for n in epochs if n < epoch]
+
+
 def test_only_the_writer_writes(tmp_path, workdir):
     other = Workdir(workdir.path, is_writer=False)
     assert other.claim({"seed": 1})
     other.write_json("summary.json", {})
     other.append("metrics.jsonl", {"epoch": 0})
+    assert os.listdir(workdir.path) == [".lock"]
+    workdir.claim({"seed": 2})
     workdir.append("metrics.jsonl", {"epoch": 0})
     other.rewind_log("metrics.jsonl", epoch=0)
-    assert sorted(os.listdir(workdir.path)) == [".lock", "metrics.jsonl"]
     assert other.read_log("metrics.jsonl") == [{"epoch": 0}]
-    workdir.claim({"seed": 2})
     with pytest.raises(WorkdirError, match="seed"):
         other.claim({"seed": 1})
 
@@ -190,6 +281,62 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path):
         Workdir(tmp_path).close()
 
 
+def test_a_lock_that_was_deleted_stops_the_run_at_its_next_line(workdir):
+    lock = workdir.path / ".lock"
+    contents = lock.read_bytes()
+    workdir.append("log.jsonl", {"epoch": 0})
+    lock.unlink()
+    message = r"/\.lock was deleted while this run worked, so another one may be in .*/one by now: see to it"
+    with pytest.raises(WorkdirError, match=message):
+        workdir.append("log.jsonl", {"epoch": 1})
+    lock.write_bytes(b"1 on elsewhere\n")
+    with pytest.raises(WorkdirError, match=message):
+        workdir.append("log.jsonl", {"epoch": 1})
+    # As on file systems that do not keep the number of a file: what is in it tells.
+    lock.write_bytes(contents)
+    workdir.append("log.jsonl", {"epoch": 1})
+    assert [line["epoch"] for line in workdir.read_log("log.jsonl")] == [0, 1]
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "hdfs+x://host:1/run", "file:///run"])
+def test_storage_that_is_not_mounted_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkdirError, match=rf"^{re.escape(path)} is not on .*: mount that storage, and"):
+        Workdir(path)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x\udcff", r"^--workdir='[^']*/x\\udcff': its name is not UTF-8\. Give another one$"),
+        (
+            "/".join(["x" * 200] * 18),
+            r"^--workdir=.*\.\.\.: its path has \d+ bytes\. Give one of at most 3500",
+        ),
+        ("x" * 300, r"^cannot write .*: File name too long\. .*--workdir$"),
+    ],
+)
+def test_names_that_no_file_can_have_are_refused_at_the_start(tmp_path, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        Workdir(f"{tmp_path}/{name}")
+    assert "\n" not in str(error.value) and str(error.value).isascii()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_folder_where_a_file_should_be_is_named(workdir, name):
+    (workdir.path / name).mkdir()
+    message = rf"{name}: Is a directory\. Mend that, or give another --workdir$"
+    for action in (workdir.read_json, workdir.read_log):
+        with pytest.raises(StorageError, match=f"^cannot read .*{message}"):
+            action(name)
+    for action in (workdir.write_json, workdir.append):
+        with pytest.raises(StorageError, match=f"^cannot write .*{message}"):
+            action(name, {"epoch": 0})
+    assert sorted(os.listdir(workdir.path)) == [".lock", name]
+
+
 def test_a_path_that_is_a_file_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -210,3 +357,27 @@ def test_a_full_disk_leaves_what_was_there(small_disk):
         assert sorted(os.listdir(small_disk)) == [".lock", "metrics.jsonl", "summary.json"]
         workdir.append("metrics.jsonl", {"epoch": 1})
         assert len(workdir.read_log("metrics.jsonl")) == 2
+
+
+def test_a_read_only_disk_is_refused_unless_the_run_is_finished(small_disk):
+    with Workdir(small_disk) as workdir:
+        workdir.claim({"seed": 0})
+
+    def read_only(is_it):
+        mode = "ro" if is_it else "rw"
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(small_disk)], check=True)
+
+    read_only(True)
+    with pytest.raises(StorageError, match="permission denied"):
+        Workdir(small_disk)
+    read_only(False)
+    (small_disk / "summary.json").write_text('{"epochs": 1}')
+    read_only(True)
+    with Workdir(small_disk) as workdir:
+        assert workdir.is_finished
+        assert not workdir.check({"seed": 0})
+        with pytest.raises(WorkdirError, match="other settings"):
+            workdir.check({"seed": 1})
+        assert workdir.read_json("summary.json") == {"epochs": 1}
+        with pytest.raises(StorageError, match="permission denied"):
+            workdir.append("metrics.jsonl", {"epoch": 0})
