@@ -67,3 +67,8 @@ def rewrite_record(checkpoint, change):
     change(payload)
     canonical = json.dumps(payload, sort_keys=True).encode()
     file.write_text(json.dumps(payload | {"sha256": hashlib.sha256(canonical).hexdigest()}))
+
+
+def damage(checkpoint):
+    """Makes the digest of an array wrong."""
+    rewrite_record(checkpoint, lambda payload: payload["leaves"]["half"].update(sha256="0"))

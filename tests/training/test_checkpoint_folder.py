@@ -9,14 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from checkpoint_tools import assert_same_bits, make_state, names, restore, rewrite_record, save_all
+from checkpoint_tools import assert_same_bits, damage, make_state, names, restore, save_all
 
 from cuttlefish_jax.errors import StorageError
 from cuttlefish_jax.training.checkpoint import Checkpointer
-
-
-def damage(checkpoint):
-    rewrite_record(checkpoint, lambda payload: payload["leaves"]["half"].update(sha256="0"))
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """Where a run goes on: with the best parameters that it knows of, and from no record that is another's."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
-from checkpoint_tools import assert_same_bits, make_state, names, restore, rewrite_record
+from checkpoint_tools import assert_same_bits, damage, make_state, names, restore, rewrite_record
 
 from configs import quickstart
 from cuttlefish_jax.errors import CheckpointError
@@ -47,7 +46,7 @@ def test_the_best_parameters_stay_and_those_of_a_trajectory_that_was_given_up_go
 def test_best_parameters_that_a_kill_cut_off_are_saved_again(tmp_path, is_damaged):
     save_best(tmp_path, 1, *([3] if is_damaged else []))
     if is_damaged:
-        shutil.rmtree(tmp_path / "3" / "arrays" / "00002.half")
+        damage(tmp_path / "3")
     mend_best(tmp_path, progress(4, best=3))
     assert names(tmp_path) == ["3"]
     assert_same_bits(restore(tmp_path).into(make_state(9)), make_state(9))
