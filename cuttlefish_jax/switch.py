@@ -188,18 +188,21 @@ def _averages(value: Any, name: str, params: Any, params_low: Any, plan: Factori
     def is_like_params(node: Any) -> bool:
         return isinstance(node, Mapping) and jax.tree.structure(copied(node)) == jax.tree.structure(params)
 
-    def project(node: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(value, is_leaf=is_like_params)
+    for index, node in enumerate(leaves):
         if not is_like_params(node):
-            return node
+            continue
         if _kinds(node) != _kinds(params):
-            warnings.warn(f"state.{name} is left as it is, for the full-rank params: it has their structure, "
-                          "but not their shapes and types", stacklevel=4)  # fmt: skip
-            return node
+            warnings.warn(
+                f"state.{name} is left as it is, for the full-rank params: it has their structure, but not "
+                "their shapes and types",
+                stacklevel=4,  # beyond singledispatch
+            )
+            continue
         average = moments.project_average(copied(node), params_low, plan)
         # Of extra batch norms no average has seen anything: it starts from the params' own.
-        return _with_missing(average, params_low) if plan.extra_batch_norm else average
-
-    return jax.tree.map(project, value, is_leaf=is_like_params)
+        leaves[index] = _with_missing(average, params_low) if plan.extra_batch_norm else average
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _kinds(tree: Any) -> list[tuple[tuple[int, ...], bool]]:
