@@ -28,7 +28,8 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
       plan: the plan that the params were factorized with.
 
     Returns:
-      A stateless transformation; its ``update`` needs ``params``.
+      A stateless transformation; its ``update`` needs ``params``. Layers that are masked (``optax.masked``,
+      ``optax.multi_transform``), or that the ``wrt`` of an ``nnx.Optimizer`` leaves out, are left out.
 
     Raises:
       ValueError: for a negative coefficient, or a plan with extra batch norms: a norm between the factors

@@ -49,7 +49,8 @@ def precondition_factors(
         halves, whose step is up to twice the kernel's. Has no meaning with ``normalized``.
 
     Returns:
-      A stateless transformation; its ``update`` needs ``params``.
+      A stateless transformation; its ``update`` needs ``params``. Layers that are masked (``optax.masked``,
+      ``optax.multi_transform``), or that the ``wrt`` of an ``nnx.Optimizer`` leaves out, are left out.
 
     Raises:
       ValueError: for a damping below 0, or a plan with extra batch norms: the step of a product with a norm
