@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import optax
 from optax import MaskedNode
 
-from cuttlefish_jax.factorize import factor_matrices
-from cuttlefish_jax.kernels import reboxed, subtree, unboxed
+from cuttlefish_jax.factorize import as_matrices, factor_arrays
+from cuttlefish_jax.kernels import reboxed, subtree
+from cuttlefish_jax.meshes import as_spec, on_any_mesh, spec_of
 from cuttlefish_jax.params import find_leaf, unwrap
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     # path -> the two matrices of a factorized layer
     Pairs: TypeAlias = Mapping[str, tuple[Float[Array, "*stack m r"], Float[Array, "*stack r n"]]]
+    # The same in the shapes that they have in a tree.
+    Arrays: TypeAlias = Mapping[str, tuple[Array, Array]]
 
 
 def transform_factors(
@@ -41,15 +44,34 @@ def transform_factors(
             raise ValueError(f"{name} needs params: call tx.update(updates, state, params)")
         given, params, (updates, rewrap) = updates, unwrap(params)[0], unwrap(updates)
         seen = _optimized(updates, plan, is_filtered=updates is not given)
-        changed = change(factor_matrices(params, seen), factor_matrices(updates, seen))
+        old = factor_arrays(updates, seen)
+        changed = _changed(change, factor_arrays(params, seen), old, seen)
         for path, pair in changed.items():
-            for kernel, matrix in zip(plan.kernels[path].factors(plan.ranks[path]), pair, strict=True):
+            for kernel, new in zip(plan.kernels[path].factors(plan.ranks[path]), pair, strict=True):
                 box = subtree(updates, kernel.path)[kernel.param]
-                new = kernel.from_matrix(matrix).astype(unboxed(box).dtype)
                 updates = _with_leaf(updates, [*kernel.path.split("/"), kernel.param], reboxed(box, new))
         return rewrap(updates)
 
     return optax.stateless(update)
+
+
+def _changed(
+    change: Callable[[Pairs, Pairs], Pairs], factors: Arrays, updates: Arrays, plan: FactorizationPlan
+) -> Arrays:
+    """``change`` of arrays as they are in a tree, wherever they lie; the results lie where the updates do."""
+
+    def run(factors: Arrays, updates: Arrays) -> Arrays:
+        changed = {}
+        for path, pair in change(as_matrices(factors, plan), as_matrices(updates, plan)).items():
+            kernels = plan.kernels[path].factors(plan.ranks[path])
+            changed[path] = tuple(
+                kernel.from_matrix(new).astype(old.dtype)
+                for kernel, new, old in zip(kernels, pair, updates[path], strict=True)
+            )
+        return changed
+
+    specs = {path: tuple(as_spec(spec_of(update)) for update in pair) for path, pair in updates.items()}
+    return on_any_mesh(run, factors, updates, out_specs=specs)
 
 
 def _optimized(updates: Any, plan: FactorizationPlan, *, is_filtered: bool) -> FactorizationPlan:
