@@ -104,8 +104,8 @@ def factorize_params(
       a state or an NNX model, an ``nnx.State``: that of ``factorize(model, plan)``.
 
     Raises:
-      ValueError: if ``params``, or ``calibration``, are not those of the plan's model; the message names the
-        first difference.
+      ValueError: if ``params``, or ``calibration``, are not those of the plan's model, or a kernel has no
+        floating-point dtype; the message names the first difference.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -116,7 +116,7 @@ def factorize_params(
     """
     kernels = [plan.kernels[path] for path in plan.ranks]
     for kernel in kernels:
-        check_kernel(params, kernel)
+        check_kernel(params, kernel, jnp.floating)
     factors = _balanced_factors(
         {kernel.path: kernel_array(params, kernel) for kernel in kernels},
         plan,

@@ -63,7 +63,8 @@ def stable_ranks(
       ``kernels``. A matrix of zeros has stable rank 0; one with a NaN or an infinity has NaN.
 
     Raises:
-      ValueError: if ``method`` is unknown, or ``params`` are not those that ``kernels`` were found in.
+      ValueError: if ``method`` is unknown, or ``params`` are not those that ``kernels`` were found in, or
+        complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -131,8 +132,8 @@ def warm_stable_ranks(
       The stable ranks, as of :func:`stable_ranks`, and the vectors for the next call.
 
     Raises:
-      ValueError: if ``params`` are not those that ``kernels`` were found in, or ``vectors`` not those of
-        ``kernels``.
+      ValueError: if ``params`` are not those that ``kernels`` were found in, or complex, or ``vectors`` not
+        those of ``kernels``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -180,8 +181,8 @@ def singular_values(
       NaN or an infinity.
 
     Raises:
-      ValueError: if ``params`` are not those that ``kernels`` were found in, or ``calibration`` is not of
-        them.
+      ValueError: if ``params`` are not those that ``kernels`` were found in, or complex, or ``calibration``
+        is not of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -218,7 +219,8 @@ def accumulative_ranks(
       matrix of zeros, and 0, which is no rank, for a matrix with a NaN or an infinity.
 
     Raises:
-      ValueError: if ``p`` is outside ``(0, 1]``, or ``params`` are not those that ``kernels`` were found in.
+      ValueError: if ``p`` is outside ``(0, 1]``, or ``params`` are not those that ``kernels`` were found in,
+        or complex.
 
     Example:
       >>> import jax.numpy as jnp
