@@ -51,7 +51,8 @@ def factorize(model: Any, plan: FactorizationPlan, *, calibration: Mapping[str, 
 
     Returns:
       Of a Linen module, one that is initialised, applied (``method=`` included) and called as the model is,
-      on the params that :func:`factorize_params` returns. Of an NNX module, a copy in whose layers' places
+      on the params that :func:`factorize_params` returns; through ``bind``, or as a submodule, it can only be
+      called. Of an NNX module, a copy in whose layers' places
       stand modules with ``u`` and ``v``, the factors of the model's own kernels; all other Variables are
       copies of the model's, shared layers stay shared, and an abstract model (``nnx.eval_shape``) gives an
       abstract one.

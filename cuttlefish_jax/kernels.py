@@ -367,7 +367,9 @@ def find_kernels(model: Any, *inputs: Any, include_embeddings: bool = False, **k
         batch (it only enters the counts per example).
       include_embeddings: find embedding tables, too; they are looked up in their factors, and tied heads
         (``attend``) multiply by both. Otherwise they are skipped.
-      **kwargs: passed on to the model, e.g. ``train=False``; ``method=`` calls another of its methods.
+      **kwargs: passed on to the model, e.g. ``train=False``; ``method=`` calls another of its methods. Of a
+        Linen module ``num_params`` counts the params of this call alone, and kernels that are read outside of
+        their layer's call are not noticed: keep such layers by a rule.
 
     Returns:
       A :class:`Kernels` mapping ``path -> Kernel`` in call order; ``.skipped`` is ``path -> reason``.

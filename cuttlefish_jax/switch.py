@@ -121,13 +121,15 @@ def carry_opt_state(
     Every part of the state that has the structure of the params is mapped, first moments exactly, second
     moments approximately (:mod:`cuttlefish_jax.moments`); counters and hyper-parameters are kept. ``tx`` may
     differ from the optimizer that made ``opt_state``: parts are matched by the type of their transformation
-    and their order, so transformations can be added or dropped.
+    and their order, so transformations can be added or dropped. Constants of ``optax.inject_hyperparams`` are
+    the old ones, then. The norms of ``optax.adamax``, in a state of Adam's type, are taken for mean squares.
 
     Args:
       opt_state: the state of any optax chain over ``params``.
       params: the full-rank params; for ``optax.lookahead``, its pair of them.
       params_low: ``factorize_params(params, plan)``; or the pair of these.
-      tx: the low-rank phase's optimizer.
+      tx: the low-rank phase's optimizer. Its masks and labels are functions of the params, or one value for
+        each layer: trees made for the full-rank params do not fit.
       plan: the plan.
 
     Returns:

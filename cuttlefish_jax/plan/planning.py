@@ -43,9 +43,10 @@ def make_plan(
     MLSys 2023). Layers stacked by ``scan`` or ``vmap`` share one rank, their largest.
 
     Kept full-rank, unless one of ``rules`` matches them, are the first layer (behind an embedding, that is
-    the embedding, and no kernel), the last one and 1x1 shortcut convolutions, and with a ``profile`` every
-    layer that would not get faster. A kernel of zeros is kept unless a rule gives it a rank: its factors
-    would hardly move from zero. A layer that would not get smaller is kept in any case.
+    the embedding, and no kernel), the last one and 1x1 shortcut convolutions (their own names have shortcut,
+    downsample, proj, skip or residual in them), and with a ``profile`` every layer that would not get faster.
+    A kernel of zeros is kept unless a rule gives it a rank: its factors would hardly move from zero. A layer
+    that would not get smaller is kept in any case.
 
     A ``budget`` is an upper bound. A plan within it is left alone. Otherwise the ranks are lowered together,
     so that the model keeps as much as possible: with :math:`\sigma_i` the singular values of layer :math:`l`,
