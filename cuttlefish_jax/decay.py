@@ -8,7 +8,7 @@ import optax
 
 from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.matrices import matmul
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -47,6 +47,7 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
     """
     if not coefficient >= 0:
         raise ValueError(f"frobenius_decay coefficient {coefficient} is not a number >= 0")
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and Frobenius decay exclude each other: turn one of them off")
 

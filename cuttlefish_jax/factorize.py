@@ -29,7 +29,7 @@ from cuttlefish_jax.kernels import (
 )
 from cuttlefish_jax.matrices import gram, map_sides, matmul, scaled, tensordot
 from cuttlefish_jax.meshes import as_spec, on_any_mesh, spec_of
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 from cuttlefish_jax.whitening import checked_calibration, whitened_projection
 
 if TYPE_CHECKING:
@@ -52,10 +52,9 @@ def factorize(model: Any, plan: FactorizationPlan, *, calibration: Mapping[str, 
     Returns:
       Of a Linen module, one that is initialised, applied (``method=`` included) and called as the model is,
       on the params that :func:`factorize_params` returns; through ``bind``, or as a submodule, it can only be
-      called. Of an NNX module, a copy in whose layers' places
-      stand modules with ``u`` and ``v``, the factors of the model's own kernels; all other Variables are
-      copies of the model's, shared layers stay shared, and an abstract model (``nnx.eval_shape``) gives an
-      abstract one.
+      called. Of an NNX module, a copy in whose layers' places stand modules with ``u`` and ``v``, the factors
+      of the model's own kernels; all other Variables are copies of the model's, shared layers stay shared,
+      and an abstract model (``nnx.eval_shape``) gives an abstract one.
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
@@ -115,6 +114,7 @@ def factorize_params(
       >>> jax.tree.map(jnp.shape, low)
       {'u': {'kernel': (8, 2)}, 'v': {'bias': (6,), 'kernel': (2, 6)}}
     """
+    check_plan(plan)
     kernels = [plan.kernels[path] for path in plan.ranks]
     for kernel in kernels:
         check_kernel(params, kernel, jnp.floating)
@@ -145,6 +145,7 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
       ValueError: if ``params`` were not factorized with this plan, or if the plan has extra batch norms
         (their shift and scale depend on statistics outside ``params``: there is no equal kernel).
     """
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("a plan with extra batch norms cannot be merged: use the factorized model")
     merged = copied(params)

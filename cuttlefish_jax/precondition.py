@@ -10,7 +10,7 @@ import optax
 from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.inverse_roots import inverse_roots
 from cuttlefish_jax.matrices import matmul
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -75,6 +75,7 @@ def precondition_factors(
     """
     if not damping >= 0:
         raise ValueError(f"precondition_factors damping {damping} is not a number >= 0")
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and preconditioned factors exclude each other: turn one off")
 

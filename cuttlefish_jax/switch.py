@@ -70,8 +70,8 @@ def switch(
       averages.
 
     Raises:
-      ValueError: if ``state.apply_fn`` is not a model's bound ``apply`` and ``apply_fn`` is not given, or if
-        the params do not fit the plan.
+      ValueError: if ``state`` is no such state, if ``state.apply_fn`` is not a model's bound ``apply`` and
+        ``apply_fn`` is not given, or if the params do not fit the plan.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, cuttlefish_jax as cf
@@ -90,6 +90,7 @@ def switch(
       >>> model.u.kernel.shape
       (8, 2)
     """
+    _check_state(state)
     if apply_fn is None:
         model = getattr(state.apply_fn, "__self__", None)
         if model is None:
@@ -107,6 +108,16 @@ def switch(
         elif field.name not in changes:
             changes[field.name] = _averages(value, field.name, state.params, params, plan)
     return state.replace(**changes)
+
+
+def _check_state(state: Any) -> None:
+    needed = ("params", "opt_state", "tx", "apply_fn", "replace")
+    missing = [name for name in needed if not hasattr(state, name)]
+    if missing or not dataclasses.is_dataclass(state):
+        lacks = f"it has no {missing[0]}" if missing else "it is no dataclass"
+        raise ValueError(
+            f"switch needs a training state, or (model, nnx.Optimizer), got {type(state).__name__}: {lacks}"
+        )
 
 
 def carry_opt_state(

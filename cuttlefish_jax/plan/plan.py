@@ -13,6 +13,15 @@ from cuttlefish_jax.plan.document import read_plan, write_plan
 from cuttlefish_jax.plan.report import plan_table
 
 
+def check_plan(plan: object) -> None:
+    """Raises a ValueError if ``plan`` is no plan, but ranks, say."""
+    if not isinstance(plan, FactorizationPlan):
+        raise ValueError(
+            f"{type(plan).__name__} is no FactorizationPlan: "
+            "FactorizationPlan.from_ranks(kernels, ranks) makes one of ranks"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactorizationPlan:
     """Which kernels are replaced by two factors, and at what ranks. Hashable; JSON in and out.
