@@ -46,6 +46,7 @@ def calibrate(model: Any, kernels: Mapping[str, Kernel], *inputs: Any, **kwargs:
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
+      ValueError: if the ``variables`` of a Linen model have no params.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf

@@ -8,7 +8,7 @@ import optax
 
 from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.matrices import matmul
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -28,7 +28,8 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
       plan: the plan that the params were factorized with.
 
     Returns:
-      A stateless transformation; its ``update`` needs ``params``.
+      A stateless transformation; its ``update`` needs ``params``. Layers that are masked (``optax.masked``,
+      ``optax.multi_transform``), or that the ``wrt`` of an ``nnx.Optimizer`` leaves out, are left out.
 
     Raises:
       ValueError: for a negative coefficient, or a plan with extra batch norms: a norm between the factors
@@ -46,6 +47,7 @@ def frobenius_decay(coefficient: float, plan: FactorizationPlan) -> optax.Gradie
     """
     if not coefficient >= 0:
         raise ValueError(f"frobenius_decay coefficient {coefficient} is not a number >= 0")
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and Frobenius decay exclude each other: turn one of them off")
 

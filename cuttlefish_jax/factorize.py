@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from cuttlefish_jax.kernels import (
     Kernel,
     check_kernel,
     is_box,
     kernel_array,
-    kernel_matrix,
-    kernel_sides,
     reboxed,
     subtree,
     unboxed,
 )
 from cuttlefish_jax.matrices import gram, map_sides, matmul, scaled, tensordot
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.meshes import as_spec, on_any_mesh, spec_of
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 from cuttlefish_jax.whitening import checked_calibration, whitened_projection
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ def factorize(model: Any, plan: FactorizationPlan, *, calibration: Mapping[str, 
 
     Returns:
       Of a Linen module, one that is initialised, applied (``method=`` included) and called as the model is,
-      on the params that :func:`factorize_params` returns. Of an NNX module, a copy in whose layers' places
-      stand modules with ``u`` and ``v``, the factors of the model's own kernels; all other Variables are
-      copies of the model's, shared layers stay shared, and an abstract model (``nnx.eval_shape``) gives an
-      abstract one.
+      on the params that :func:`factorize_params` returns; through ``bind``, or as a submodule, it can only be
+      called. Of an NNX module, a copy in whose layers' places stand modules with ``u`` and ``v``, the factors
+      of the model's own kernels; all other Variables are copies of the model's, shared layers stay shared,
+      and an abstract model (``nnx.eval_shape``) gives an abstract one.
 
     Raises:
       TypeError: if ``model`` is of a kind that has no front end.
@@ -104,8 +104,8 @@ def factorize_params(
       a state or an NNX model, an ``nnx.State``: that of ``factorize(model, plan)``.
 
     Raises:
-      ValueError: if ``params``, or ``calibration``, are not those of the plan's model; the message names the
-        first difference.
+      ValueError: if ``params``, or ``calibration``, are not those of the plan's model, or a kernel has no
+        floating-point dtype; the message names the first difference.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -114,9 +114,10 @@ def factorize_params(
       >>> jax.tree.map(jnp.shape, low)
       {'u': {'kernel': (8, 2)}, 'v': {'bias': (6,), 'kernel': (2, 6)}}
     """
+    check_plan(plan)
     kernels = [plan.kernels[path] for path in plan.ranks]
     for kernel in kernels:
-        check_kernel(params, kernel)
+        check_kernel(params, kernel, jnp.floating)
     factors = _balanced_factors(
         {kernel.path: kernel_array(params, kernel) for kernel in kernels},
         plan,
@@ -144,19 +145,39 @@ def merge_params(params: Params, plan: FactorizationPlan) -> dict[str, Any]:
       ValueError: if ``params`` were not factorized with this plan, or if the plan has extra batch norms
         (their shift and scale depend on statistics outside ``params``: there is no equal kernel).
     """
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("a plan with extra batch norms cannot be merged: use the factorized model")
     merged = copied(params)
-    for path, (u, v) in factor_matrices(params, plan).items():
+    for path, product in _products(factor_arrays(params, plan), plan).items():
         kernel = plan.kernels[path]
-        matrix = matmul(u.astype(jnp.float32), v.astype(jnp.float32)).astype(u.dtype)
         layer = subtree(params, path)
         u_box, v_box = layer["u"][kernel.param], layer["v"]["kernel"]
         names = kernel.names_of(u_box.names, v_box.names) if is_box(u_box) else None
         rest = {key: value for key, value in layer["v"].items() if key != "kernel"}
-        whole = reboxed(u_box, kernel.from_matrix(matrix), names)
+        whole = reboxed(u_box, product, names)
         merged = _replaced(merged, path, {kernel.param: whole, **rest})
     return merged
+
+
+def factor_arrays(params: Params, plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
+    """``{path: (u, v)}`` of every factorized layer, as they are in ``params``, out of their boxes.
+
+    Raises:
+      ValueError: if ``params`` were not factorized with this plan.
+    """
+    factors = {}
+    for path, rank in plan.rank_entries:
+        layer = subtree(params, path)
+        if "u" not in layer or "v" not in layer:
+            raise ValueError(
+                f"the layer at {path!r} is not factorized: it has {sorted(layer)}, expected u and v"
+            )
+        u, v = plan.kernels[path].factors(rank)
+        for kernel in (u, v):
+            check_kernel(params, kernel)
+        factors[path] = kernel_array(params, u), kernel_array(params, v)
+    return factors
 
 
 def factor_matrices(params: Params, plan: FactorizationPlan) -> dict[str, tuple[U, V]]:
@@ -165,31 +186,32 @@ def factor_matrices(params: Params, plan: FactorizationPlan) -> dict[str, tuple[
     Raises:
       ValueError: if ``params`` were not factorized with this plan.
     """
-    return {
-        kernel.path: (kernel_matrix(params, u), kernel_matrix(params, v))
-        for kernel, u, v in _factor_kernels(params, plan)
-    }
+    return as_matrices(factor_arrays(params, plan), plan)
 
 
-def factor_sides(params: Params, plan: FactorizationPlan) -> dict[str, tuple[Array, Array]]:
-    """The same in the axes of the kernels, ``[*stack, *rows, r]`` and ``[*stack, r, *columns]``."""
-    factors = {}
-    for kernel, u, v in _factor_kernels(params, plan):
-        columns = [kernel.shape[a] for a in kernel.output_axes]
-        of_v = kernel_sides(params, v).reshape(*v.stack_shape, v.m, *columns)  # a window is one position
-        factors[kernel.path] = kernel_sides(params, u), of_v
-    return factors
+def as_matrices(
+    factors: Mapping[str, tuple[Array, Array]], plan: FactorizationPlan
+) -> dict[str, tuple[U, V]]:
+    """The same of what :func:`factor_arrays` gives."""
+    matrices = {}
+    for path, (u, v) in factors.items():
+        of_u, of_v = plan.kernels[path].factors(plan.ranks[path])
+        matrices[path] = of_u.to_matrix(u), of_v.to_matrix(v)
+    return matrices
 
 
-def _factor_kernels(params: Params, plan: FactorizationPlan) -> Iterator[tuple[Kernel, Kernel, Kernel]]:
-    """Every factorized kernel, and those of its factors."""
-    for path, rank in plan.rank_entries:
-        layer = subtree(params, path)
-        if "u" not in layer or "v" not in layer:
-            raise ValueError(
-                f"the layer at {path!r} is not factorized: it has {sorted(layer)}, expected u and v"
-            )
-        yield plan.kernels[path], *plan.kernels[path].factors(rank)
+def factor_sides(u: Array, v: Array, kernel: Kernel, rank: int) -> tuple[Array, Array]:
+    """Two factors in the axes of their kernel, ``[*stack, *rows, r]`` and ``[*stack, r, *columns]``."""
+    of_u, of_v = kernel.factors(rank)
+    columns = [kernel.shape[a] for a in kernel.output_axes]
+    # A window is one position.
+    return of_u.to_sides(u), of_v.to_sides(v).reshape(*of_v.stack_shape, of_v.m, *columns)
+
+
+def factor_specs(kernel: Kernel, spec: tuple[Any, ...]) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the factors lie on a mesh whose kernel lies on it by ``spec``: the axis of the rank whole."""
+    u, v = kernel.factor_names(spec)
+    return as_spec(u), as_spec(v)
 
 
 def split_layers(
@@ -237,19 +259,44 @@ def _balanced_factors(
 ) -> dict[str, tuple[Array, Array]]:
     # In the order of the plan: a dict that passes through jit comes back sorted by key.
     kernels = [plan.kernels[path] for path in plan.ranks]
-    sides = [kernel.to_sides(params[kernel.path]).astype(jnp.float32) for kernel in kernels]
-    if calibration is None:
-        all_factors = map_sides(_balanced, sides, kernels)
-    else:
-        measured = [kernel.to_sides(x) for kernel, x in zip(kernels, calibration, strict=True)]
-        ranks = [jnp.full(kernel.stack_shape, plan.ranks[kernel.path]) for kernel in kernels]
-        all_factors = map_sides(_whitened, sides, kernels, measured, ranks)
-    factors = {}
-    for kernel, (u, v) in zip(kernels, all_factors, strict=True):
-        rank, stack = plan.ranks[kernel.path], (slice(None),) * len(kernel.stack_axes)
-        halves = u[..., :rank], v[(*stack, slice(rank))]
-        factors[kernel.path] = shape_factors(halves, kernel, params[kernel.path].dtype)
-    return factors
+
+    def run(
+        params: dict[str, Array], calibration: tuple[Array, ...] | None
+    ) -> dict[str, tuple[Array, Array]]:
+        sides = [kernel.to_sides(params[kernel.path]).astype(jnp.float32) for kernel in kernels]
+        if calibration is None:
+            all_factors = map_sides(_balanced, sides, kernels)
+        else:
+            measured = [kernel.to_sides(x) for kernel, x in zip(kernels, calibration, strict=True)]
+            ranks = [jnp.full(kernel.stack_shape, plan.ranks[kernel.path]) for kernel in kernels]
+            all_factors = map_sides(_whitened, sides, kernels, measured, ranks)
+        factors = {}
+        for kernel, (u, v) in zip(kernels, all_factors, strict=True):
+            rank, stack = plan.ranks[kernel.path], (slice(None),) * len(kernel.stack_axes)
+            halves = u[..., :rank], v[(*stack, slice(rank))]
+            factors[kernel.path] = shape_factors(halves, kernel, params[kernel.path].dtype)
+        return factors
+
+    specs = {kernel.path: factor_specs(kernel, spec_of(params[kernel.path])) for kernel in kernels}
+    return on_any_mesh(run, params, calibration, out_specs=specs)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _products(factors: dict[str, tuple[Array, Array]], plan: FactorizationPlan) -> dict[str, Array]:
+    """The kernels that factors are of, on a mesh where these are."""
+
+    def run(factors: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
+        kernels = {}
+        for path, (u, v) in as_matrices(factors, plan).items():
+            dtype = jnp.promote_types(u.dtype, jnp.float32)
+            product = matmul(u.astype(dtype), v.astype(dtype)).astype(u.dtype)
+            kernels[path] = plan.kernels[path].from_matrix(product)
+        return kernels
+
+    specs = {
+        path: as_spec(plan.kernels[path].names_of(spec_of(u), spec_of(v))) for path, (u, v) in factors.items()
+    }
+    return on_any_mesh(run, factors, out_specs=specs)
 
 
 def shape_factors(halves: tuple[Array, Array], kernel: Kernel, dtype: Any) -> tuple[Array, Array]:

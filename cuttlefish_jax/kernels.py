@@ -290,8 +290,11 @@ def subtree(params: Params, path: str) -> Params:
     return node
 
 
-def check_kernel(params: Params, kernel: Kernel) -> None:
-    """Raises a ValueError if ``params`` are not those of the model that ``kernel`` was found in."""
+def check_kernel(params: Params, kernel: Kernel, kind: Any = jnp.generic) -> None:
+    """Raises a ValueError if ``params`` are not those of the model that ``kernel`` was found in.
+
+    Or if they are complex, or of a dtype that is not of the ``kind``.
+    """
     layer = subtree(params, kernel.path)
     if not isinstance(layer, Mapping) or kernel.param not in layer:
         has = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
@@ -307,6 +310,11 @@ def check_kernel(params: Params, kernel: Kernel) -> None:
         raise ValueError(
             f"the {kernel.param} at {kernel.path!r} has shape {shape}, expected {kernel.shape}: "
             "these are the params of another model"
+        )
+    if jnp.issubdtype(array.dtype, jnp.complexfloating) or not jnp.issubdtype(array.dtype, kind):
+        expected = "floating-point" if kind is jnp.floating else "real"
+        raise ValueError(
+            f"the {kernel.param} at {kernel.path!r} has dtype {array.dtype}, expected a {expected} one"
         )
 
 
@@ -359,7 +367,9 @@ def find_kernels(model: Any, *inputs: Any, include_embeddings: bool = False, **k
         batch (it only enters the counts per example).
       include_embeddings: find embedding tables, too; they are looked up in their factors, and tied heads
         (``attend``) multiply by both. Otherwise they are skipped.
-      **kwargs: passed on to the model, e.g. ``train=False``; ``method=`` calls another of its methods.
+      **kwargs: passed on to the model, e.g. ``train=False``; ``method=`` calls another of its methods. Of a
+        Linen module ``num_params`` counts the params of this call alone, and kernels that are read outside of
+        their layer's call are not noticed: keep such layers by a rule.
 
     Returns:
       A :class:`Kernels` mapping ``path -> Kernel`` in call order; ``.skipped`` is ``path -> reason``.

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import jax.numpy as jnp
+
 from cuttlefish_jax.kernels import KernelAxes, find_kernels
 
 
@@ -58,6 +60,15 @@ class LayerType:
     def name_of(self, layer: Any) -> str:
         """What kernels call the type of ``layer``."""
         return self.name or type(layer).__name__
+
+
+def refuse_dtype(param: str, dtype: Any) -> str | None:
+    """Why a kernel of a dtype cannot be factorized, or ``None``."""
+    return (
+        None
+        if jnp.issubdtype(dtype, jnp.floating)
+        else f"its {param} is of {dtype}, which is not floating-point"
+    )
 
 
 # Exact types: a subclass may do anything with its kernel (weight standardisation, for one).

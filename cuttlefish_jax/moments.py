@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from optax import MaskedNode
 
-from cuttlefish_jax.factorize import factor_sides, shape_factors, split_layers
+from cuttlefish_jax.factorize import factor_arrays, factor_sides, factor_specs, shape_factors, split_layers
 from cuttlefish_jax.kernels import Kernel, kernel_array
 from cuttlefish_jax.matrices import gram, map_matrices, tensordot
+from cuttlefish_jax.meshes import on_any_mesh, spec_of
 from cuttlefish_jax.plan.plan import FactorizationPlan
 
 Params = Mapping[str, Any]
@@ -28,7 +29,7 @@ Params = Mapping[str, Any]
 
 def project_momentum(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps a tree that is linear in the gradient: ``M -> (M V^T, U^T M)``; exact for frozen factors."""
-    return _project(tree, factor_sides(params_low, plan), plan, _momentum)
+    return _project(tree, params_low, plan, _momenta)
 
 
 def project_second_moment(
@@ -55,26 +56,14 @@ def project_second_moment(
     References:
       Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, ICLR 2025: the mean apart.
     """
-    factors = factor_sides(params_low, plan)
     if momentum is None:
-        return _project(tree, factors, plan, _second_moment)
-    leaves = {path: kernel_array(momentum, plan.kernels[path]) for path in plan.ranks}
-    triples = {
-        # What is masked in one is so in the other.
-        path: pair
-        if isinstance(leaves[path], MaskedNode)
-        else (*pair, plan.kernels[path].to_sides(leaves[path]))
-        for path, pair in factors.items()
-    }
-    return _project(tree, triples, plan, _correlated_second_moment)
+        return _project(tree, params_low, plan, _second_moments)
+    return _project(tree, params_low, plan, _correlated_second_moments, momentum)
 
 
 def project_average(tree: Params, params_low: Params, plan: FactorizationPlan) -> dict[str, Any]:
     """Maps an average of params, ``W -> (W V^+, V)``: the nearest product that has the params' own ``V``."""
-    rows = {path: v for path, (_, v) in factor_sides(params_low, plan).items()}
-    inverses = _pseudo_inverses(rows, plan)
-    pairs = {path: (inverses[path], v) for path, v in rows.items()}
-    return _project(tree, pairs, plan, _average)
+    return _project(tree, params_low, plan, _averages)
 
 
 # Of one matrix in its own axes: w and m ``[*rows, *columns]``, u ``[*rows, r]``, v ``[r, *columns]``.
@@ -107,10 +96,28 @@ def _average(w, inverse, v):
     return tensordot(w, inverse, v.ndim - 1), v
 
 
-@functools.partial(jax.jit, static_argnames="plan")
+# Of all layers: path -> (w, u, v, what else there is), all in float32 and stacked.
+
+
+def _of_each(split: Callable) -> Callable:
+    return lambda sides, plan: {
+        path: _each(split, plan.kernels[path])(*arrays) for path, arrays in sides.items()
+    }
+
+
+_momenta = _of_each(_momentum)
+_second_moments = _of_each(_second_moment)
+_correlated_second_moments = _of_each(_correlated_second_moment)
+
+
+def _averages(sides, plan: FactorizationPlan):
+    rows = {path: v for path, (_, _, v) in sides.items()}
+    inverses = _pseudo_inverses(rows, plan)
+    return _of_each(_average)({path: (sides[path][0], inverses[path], v) for path, v in rows.items()}, plan)
+
+
 def _pseudo_inverses(rows, plan: FactorizationPlan):
     """``V^+`` of every ``V``, ``[*stack, *columns, r]``."""
-    rows = {path: v.astype(jnp.float32) for path, v in rows.items()}
     # Rows of V that stand for vanishing singular values, or were rounded to bfloat16, are not orthogonal.
     invert = functools.partial(jnp.linalg.pinv, rtol=1e-6, hermitian=True)
     grams = [_each(lambda v: gram(v, range(1, v.ndim)), plan.kernels[path])(v) for path, v in rows.items()]
@@ -128,19 +135,35 @@ def _each(fn: Callable, kernel: Kernel) -> Callable:
     return fn
 
 
-def _project(tree: Params, factors: Any, plan: FactorizationPlan, split: Callable) -> dict[str, Any]:
-    leaves = {path: kernel_array(tree, plan.kernels[path]) for path in plan.ranks}
-    present = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, MaskedNode)}
-    halves = _split_all(present, factors, plan, split)
+def _project(
+    tree: Params, params_low: Params, plan: FactorizationPlan, split: Callable, *others: Params
+) -> dict[str, Any]:
+    """Every kernel's place in ``tree`` split by ``split``; what is masked in it is so in ``others``, too."""
+    factors, given = factor_arrays(params_low, plan), {}
+    for path, pair in factors.items():
+        leaf, *more = (kernel_array(other, plan.kernels[path]) for other in (tree, *others))
+        if not isinstance(leaf, MaskedNode):
+            given[path] = (leaf, *pair, *more)
+    halves = _split_all(given, plan, split)
     return split_layers(tree, plan, lambda path, leaf: halves.get(path, (leaf, leaf)))
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "split"))
-def _split_all(leaves, factors, plan: FactorizationPlan, split: Callable):
-    halves = {}
-    for path, leaf in leaves.items():
-        kernel = plan.kernels[path]
-        others = [factor.astype(jnp.float32) for factor in factors[path]]
-        sides = kernel.to_sides(leaf).astype(jnp.float32)
-        halves[path] = shape_factors(_each(split, kernel)(sides, *others), kernel, leaf.dtype)
-    return halves
+def _split_all(given, plan: FactorizationPlan, split: Callable):
+    def run(given):
+        sides = {}
+        for path, (leaf, u, v, *more) in given.items():
+            kernel = plan.kernels[path]
+            arrays = (
+                kernel.to_sides(leaf),
+                *factor_sides(u, v, kernel, plan.ranks[path]),
+                *map(kernel.to_sides, more),
+            )
+            sides[path] = tuple(array.astype(jnp.float32) for array in arrays)
+        return {
+            path: shape_factors(halves, plan.kernels[path], given[path][0].dtype)
+            for path, halves in split(sides, plan).items()
+        }
+
+    specs = {path: factor_specs(plan.kernels[path], spec_of(leaf)) for path, (leaf, *_) in given.items()}
+    return on_any_mesh(run, given, out_specs=specs)

@@ -10,7 +10,7 @@ import optax
 from cuttlefish_jax.factor_updates import transform_factors
 from cuttlefish_jax.inverse_roots import inverse_roots
 from cuttlefish_jax.matrices import matmul
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -49,7 +49,8 @@ def precondition_factors(
         halves, whose step is up to twice the kernel's. Has no meaning with ``normalized``.
 
     Returns:
-      A stateless transformation; its ``update`` needs ``params``.
+      A stateless transformation; its ``update`` needs ``params``. Layers that are masked (``optax.masked``,
+      ``optax.multi_transform``), or that the ``wrt`` of an ``nnx.Optimizer`` leaves out, are left out.
 
     Raises:
       ValueError: for a damping below 0, or a plan with extra batch norms: the step of a product with a norm
@@ -74,6 +75,7 @@ def precondition_factors(
     """
     if not damping >= 0:
         raise ValueError(f"precondition_factors damping {damping} is not a number >= 0")
+    check_plan(plan)
     if plan.extra_batch_norm:
         raise ValueError("extra batch norms and preconditioned factors exclude each other: turn one off")
 

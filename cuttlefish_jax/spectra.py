@@ -25,6 +25,7 @@ from cuttlefish_jax.kernels import Kernel, check_kernel, kernel_array, kernel_si
 from cuttlefish_jax.lanczos import largest_gram_eigenvalue
 from cuttlefish_jax.lobpcg import BLOCK, leading_eigenvalues, start_block
 from cuttlefish_jax.matrices import LARGEST_DIVISOR, gram, map_sides
+from cuttlefish_jax.meshes import on_any_mesh
 from cuttlefish_jax.params import unwrap
 from cuttlefish_jax.whitening import checked_calibration, whitened_spectrum
 
@@ -62,7 +63,8 @@ def stable_ranks(
       ``kernels``. A matrix of zeros has stable rank 0; one with a NaN or an infinity has NaN.
 
     Raises:
-      ValueError: if ``method`` is unknown, or ``params`` are not those that ``kernels`` were found in.
+      ValueError: if ``method`` is unknown, or ``params`` are not those that ``kernels`` were found in, or
+        complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,8 +132,8 @@ def warm_stable_ranks(
       The stable ranks, as of :func:`stable_ranks`, and the vectors for the next call.
 
     Raises:
-      ValueError: if ``params`` are not those that ``kernels`` were found in, or ``vectors`` not those of
-        ``kernels``.
+      ValueError: if ``params`` are not those that ``kernels`` were found in, or complex, or ``vectors`` not
+        those of ``kernels``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,8 +181,8 @@ def singular_values(
       NaN or an infinity.
 
     Raises:
-      ValueError: if ``params`` are not those that ``kernels`` were found in, or ``calibration`` is not of
-        them.
+      ValueError: if ``params`` are not those that ``kernels`` were found in, or complex, or ``calibration``
+        is not of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -217,7 +219,8 @@ def accumulative_ranks(
       matrix of zeros, and 0, which is no rank, for a matrix with a NaN or an infinity.
 
     Raises:
-      ValueError: if ``p`` is outside ``(0, 1]``, or ``params`` are not those that ``kernels`` were found in.
+      ValueError: if ``p`` is outside ``(0, 1]``, or ``params`` are not those that ``kernels`` were found in,
+        or complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -262,7 +265,7 @@ def _warm_stable_ranks(
         largest, traces, new, _ = leading_eigenvalues(arrays, kernels, vectors)
         return tuple(_ratio(*pair, pair[0]) for pair in zip(traces, largest, strict=True)), tuple(new)
 
-    return _on_any_mesh(run, params, vectors) if kernels else ((), ())
+    return on_any_mesh(run, params, vectors) if kernels else ((), ())
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -289,21 +292,7 @@ def _measure_all(
         more = [[k.to_sides(x) for k, x in zip(kernels, other, strict=True)] for other in others]
         return tuple(map_sides(measure, matrices, kernels, *more))
 
-    return _on_any_mesh(run, params, *others)
-
-
-def _on_any_mesh(run: Callable[..., Any], params: Params, *others: Any) -> Any:
-    """``run(params, *others)``, also for params on a mesh of explicit axes.
-
-    These would need an output sharding for every reshape and product. There too the compiler may choose, and
-    the results, small as they are, go to every device.
-    """
-    for leaf in jax.tree.leaves(params):
-        mesh = jax.typeof(leaf).sharding.mesh
-        if mesh.explicit_axes:
-            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-            return jax.sharding.auto_axes(run, out_sharding=everywhere)(params, *others)
-    return run(params, *others)
+    return on_any_mesh(run, params, *others)
 
 
 # Of one matrix in its kernel's own axes, ``[*m, *n]``, of which the first ``rows`` are those of the rows.

@@ -70,8 +70,8 @@ def switch(
       averages.
 
     Raises:
-      ValueError: if ``state.apply_fn`` is not a model's bound ``apply`` and ``apply_fn`` is not given, or if
-        the params do not fit the plan.
+      ValueError: if ``state`` is no such state, if ``state.apply_fn`` is not a model's bound ``apply`` and
+        ``apply_fn`` is not given, or if the params do not fit the plan.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, cuttlefish_jax as cf
@@ -90,6 +90,7 @@ def switch(
       >>> model.u.kernel.shape
       (8, 2)
     """
+    _check_state(state)
     if apply_fn is None:
         model = getattr(state.apply_fn, "__self__", None)
         if model is None:
@@ -109,6 +110,16 @@ def switch(
     return state.replace(**changes)
 
 
+def _check_state(state: Any) -> None:
+    needed = ("params", "opt_state", "tx", "apply_fn", "replace")
+    missing = [name for name in needed if not hasattr(state, name)]
+    if missing or not dataclasses.is_dataclass(state):
+        lacks = f"it has no {missing[0]}" if missing else "it is no dataclass"
+        raise ValueError(
+            f"switch needs a training state, or (model, nnx.Optimizer), got {type(state).__name__}: {lacks}"
+        )
+
+
 def carry_opt_state(
     opt_state: Any,
     params: Any,
@@ -121,13 +132,15 @@ def carry_opt_state(
     Every part of the state that has the structure of the params is mapped, first moments exactly, second
     moments approximately (:mod:`cuttlefish_jax.moments`); counters and hyper-parameters are kept. ``tx`` may
     differ from the optimizer that made ``opt_state``: parts are matched by the type of their transformation
-    and their order, so transformations can be added or dropped.
+    and their order, so transformations can be added or dropped. Constants of ``optax.inject_hyperparams`` are
+    the old ones, then. The norms of ``optax.adamax``, in a state of Adam's type, are taken for mean squares.
 
     Args:
       opt_state: the state of any optax chain over ``params``.
       params: the full-rank params; for ``optax.lookahead``, its pair of them.
       params_low: ``factorize_params(params, plan)``; or the pair of these.
-      tx: the low-rank phase's optimizer.
+      tx: the low-rank phase's optimizer. Its masks and labels are functions of the params, or one value for
+        each layer: trees made for the full-rank params do not fit.
       plan: the plan.
 
     Returns:
@@ -188,18 +201,21 @@ def _averages(value: Any, name: str, params: Any, params_low: Any, plan: Factori
     def is_like_params(node: Any) -> bool:
         return isinstance(node, Mapping) and jax.tree.structure(copied(node)) == jax.tree.structure(params)
 
-    def project(node: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(value, is_leaf=is_like_params)
+    for index, node in enumerate(leaves):
         if not is_like_params(node):
-            return node
+            continue
         if _kinds(node) != _kinds(params):
-            warnings.warn(f"state.{name} is left as it is, for the full-rank params: it has their structure, "
-                          "but not their shapes and types", stacklevel=4)  # fmt: skip
-            return node
+            warnings.warn(
+                f"state.{name} is left as it is, for the full-rank params: it has their structure, but not "
+                "their shapes and types",
+                stacklevel=4,  # beyond singledispatch
+            )
+            continue
         average = moments.project_average(copied(node), params_low, plan)
         # Of extra batch norms no average has seen anything: it starts from the params' own.
-        return _with_missing(average, params_low) if plan.extra_batch_norm else average
-
-    return jax.tree.map(project, value, is_leaf=is_like_params)
+        leaves[index] = _with_missing(average, params_low) if plan.extra_batch_norm else average
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _kinds(tree: Any) -> list[tuple[tuple[int, ...], bool]]:

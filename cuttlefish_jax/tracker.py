@@ -50,7 +50,12 @@ class RankTracker:
 
         Args:
           criterion: when a layer counts as stable; ``RelativePlateau()`` if not given.
+
+        Raises:
+          ValueError: for a class of criteria.
         """
+        if isinstance(criterion, type):
+            raise ValueError(f"the criterion is a class, {criterion.__name__}: give {criterion.__name__}()")
         self.criterion = RelativePlateau() if criterion is None else criterion
         self.history: dict[str, list[Any]] = {}
         self.converged_at: dict[str, int] = {}

@@ -119,3 +119,29 @@ def test_profiling_a_tied_embedding():
     profile = cf.profile_kernels(model, x, repeats=1, paths=["embed"], include_embeddings=True)
     assert [(timing.calls, timing.input_shape) for timing in profile.timings] == [(2, (2, 5))]
     assert profile["embed"] > 0
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "copies"), [(12, 12, 12), (8, 5, 8), (8, 5, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_copies_whose_axis_the_sizes_do_not_tell_are_skipped(inputs, outputs, copies, axis):
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.axes = nnx.StateAxes({...: axis})
+            make = nnx.vmap(
+                lambda rngs: nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs), out_axes=self.axes
+            )
+            self.layers = make(nnx.Rngs(0).split(copies))
+
+        def __call__(self, x):
+            run = nnx.vmap(lambda layer, x: layer(x), in_axes=(self.axes, None))
+            return run(self.layers, x)
+
+    kernels = cf.find_kernels(Stack(), jnp.ones((2, inputs)))
+    shape = (copies, inputs, outputs) if axis == 0 else (inputs, copies, outputs)
+    if copies == inputs:
+        reason = f"its kernel of shape {shape} is called as {inputs, outputs}: sizes do not tell"
+        assert kernels.skipped["layers"].startswith(reason)
+        assert not kernels
+    else:
+        kernel = kernels["layers"]
+        assert (kernel.shape, kernel.stack_axes, kernel.m, kernel.n) == (shape, (axis,), inputs, outputs)

@@ -209,6 +209,17 @@ def test_differences_of_gradients_are_no_second_moments():
     chex.assert_trees_all_equal(fields(carried, "v")[0], project_momentum(down, low, DENSE))
 
 
+def test_squares_around_the_mean_are_not_corrected_by_it():
+    """AdaBelief's: of what the gradients have beside their mean."""
+    tx, old = optax.adabelief(1e-3), gathered("adam")
+    belief = optax.ScaleByBeliefState(*old[0])
+    carried = cf.carry_opt_state((belief, *old[1:]), PARAMS, PARAMS_LOW, tx, PLAN)
+    apart = project_second_moment(belief.nu, PARAMS_LOW, PLAN)
+    chex.assert_trees_all_equal(carried[0].nu, apart)
+    corrected = project_second_moment(belief.nu, PARAMS_LOW, PLAN, momentum=belief.mu)
+    assert not np.allclose(corrected["fc"]["u"]["kernel"], apart["fc"]["u"]["kernel"], rtol=0.1, atol=0)
+
+
 def test_a_variance_stays_one():
     """Centered RMSProp divides by the root of ``nu - mu^2``."""
     rng = np.random.default_rng(0)

@@ -93,6 +93,41 @@ def test_frozen_params_and_no_average():
     check_structure(low.opt_state, tx, low.params)
 
 
+def test_averages_inside_of_a_field():
+    state = new_state(optax.sgd(0.1))
+    average, expected = state.ema_params, cf.switch(state, PLAN, state.tx).ema_params
+
+    def switched(field):
+        return cf.switch(state.replace(ema_params=field), PLAN, state.tx).ema_params
+
+    assert np.any(expected["conv"]["u"]["kernel"])
+    low = switched({"fast": average, "slow": average, "decay": 0.9})
+    chex.assert_trees_all_equal(low, {"fast": expected, "slow": expected, "decay": 0.9})
+    chex.assert_trees_all_equal(switched((average, average)), (expected, expected))
+    chex.assert_trees_all_equal(switched(freeze(average)), expected)
+    ema = optax.ema(0.9).init(average)._replace(ema=average, count=jnp.asarray(3))
+    chex.assert_trees_all_equal(switched(ema), optax.EmaState(jnp.asarray(3), expected))
+
+
+@pytest.mark.parametrize("leaf", [0.5, True])
+def test_what_has_only_the_structure_of_the_params_is_no_average(leaf):
+    field = {"mine": jax.tree.map(lambda _: leaf, PARAMS)}
+    state = new_state(optax.sgd(0.1)).replace(ema_params=field)
+    with pytest.warns(
+        UserWarning, match=r"^state\.ema_params is left as it is, .* not their shapes"
+    ) as caught:
+        low = cf.switch(state, PLAN, state.tx)
+    assert low.ema_params == field
+    assert caught[0].filename == __file__  # where switch was called
+
+
+def test_a_mask_of_the_shapes_of_the_params_is_no_average():
+    field = jax.tree.map(lambda leaf: leaf > 0, PARAMS)
+    state = new_state(optax.sgd(0.1)).replace(ema_params=field)
+    with pytest.warns(UserWarning, match=r"^state\.ema_params is left as it is"):
+        chex.assert_trees_all_equal(cf.switch(state, PLAN, state.tx).ema_params, field)
+
+
 def test_a_state_that_is_no_train_state():
     @struct.dataclass
     class Mine:
@@ -133,6 +168,18 @@ def test_extra_batch_norms():
     chex.assert_trees_all_close(moment["conv"]["u"], expected, rtol=1e-5, atol=1e-7)
     assert np.any(later.batch_stats["conv"]["norm"]["mean"])
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((later.params, later.batch_stats)))
+
+
+def test_a_train_step_may_donate_a_state_with_extra_batch_norms():
+    plan = cf.FactorizationPlan.from_ranks(KERNELS, PLAN.ranks, extra_batch_norm=True)
+    # Its own copies: the params of the other tests are not to be donated.
+    state = jax.tree.map(jnp.copy, new_state(optax.sgd(0.1, momentum=0.9)).replace(rng=None))
+    low = cf.switch(state, plan, state.tx)
+    arrays = [leaf for leaf in jax.tree.leaves(low) if isinstance(leaf, jax.Array) and leaf.size > 1]
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in arrays]
+    assert len(set(pointers)) == len(pointers)
+    expected = once(train_step, jax.tree.map(jnp.copy, low))
+    chex.assert_trees_all_close(jax.jit(train_step, donate_argnums=0)(low), expected, rtol=1e-5, atol=1e-6)
 
 
 # --- Errors -------------------------------------------------------------------------------------------------

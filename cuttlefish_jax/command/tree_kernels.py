@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cuttlefish_jax.kernels import Kernel, Kernels
+from cuttlefish_jax.layer_types import refuse_dtype
 
 HEURISTICS = (
     "Without the network, kernels are read off the checkpoint: an array called kernel with 2 axes is a "
@@ -55,7 +56,9 @@ def kernels_of_tree(params: Mapping[str, Any]) -> Kernels:
             reason = "an embedding" if name == "embedding" else "not called kernel"
             skipped.append((joined if name == "embedding" else "/".join((*path, name)), reason))
             continue
-        kernel = _kernel(joined, tuple(leaf.shape), bias, _siblings(params, path))
+        kernel = refuse_dtype(name, leaf.dtype) or _kernel(
+            joined, tuple(leaf.shape), bias, _siblings(params, path)
+        )
         if isinstance(kernel, str):
             skipped.append((joined, kernel))
         else:

@@ -20,6 +20,10 @@ from cuttlefish_jax.linen.tracing import FLAG, Unique, trace, unbound
 def _calibrate_linen(
     model: nn.Module, kernels: Mapping[str, Kernel], variables: Any, *inputs: Any, **kwargs: Any
 ) -> dict[str, jax.Array]:
+    if "params" not in variables:
+        raise ValueError(
+            f"calibrate needs the model's variables, {{'params': params, ...}}, got {sorted(variables)}"
+        )
     of_apply = ("rngs", "mutable")
     options = {name: value for name, value in kwargs.items() if name not in of_apply}
     calls = watch_calls(model, kernels, *inputs, **options)

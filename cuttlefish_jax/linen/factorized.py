@@ -18,7 +18,7 @@ from cuttlefish_jax.kernels import check_kernel
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.linen.factors import attend, call_factors, make_factors
 from cuttlefish_jax.linen.tracing import FLAG, Unique, unbound
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Factorized(nn.Module):
 
 @factorize.register
 def _factorize_linen(model: nn.Module, plan: FactorizationPlan, *, calibration: Any = None) -> Factorized:
+    check_plan(plan)
     if calibration is not None:
         raise ValueError("a Linen module has no params: give the calibration to factorize_params or switch")
     if isinstance(model, Factorized):

@@ -15,11 +15,13 @@ from flax.core import meta
 
 from cuttlefish_jax.flops import count_marked, mark
 from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels, insert_axes, subtree
-from cuttlefish_jax.layer_types import LAYER_TYPES
+from cuttlefish_jax.layer_types import LAYER_TYPES, refuse_dtype
 from cuttlefish_jax.linen.tracing import is_array, trace
 
 _PROBE = "cuttlefish_probe"
 _ATTEND = ":attend"
+# Collections that say nothing of how a layer computes: its params, and what looks at it.
+_OBSERVED = ("params", "intermediates", "perturbations")
 _REPARAMETERISED = (nn.WeightNorm, nn.SpectralNorm)
 
 
@@ -95,7 +97,14 @@ class _Findings:
             return reason
         if layer_type.lookup and not self.include_embeddings:
             return "an embedding: find_kernels(..., include_embeddings=True) finds it"
-        return "called with more than one array" if len(jax.tree.leaves(arguments)) > 1 else None
+        if len(jax.tree.leaves(arguments)) > 1:
+            return "called with more than one array"
+        if layer_type.param not in (own := layer.variables.get("params", {})):
+            return None  # factorized already
+        for collection, variables in layer.variables.items():
+            if collection not in _OBSERVED and jax.tree.leaves(variables):
+                return f"it has variables of its own in {collection!r}"
+        return refuse_dtype(layer_type.param, meta.unbox(own[layer_type.param]).dtype)
 
     def why_not(self, path: str) -> str:
         """Why the layer at a path, which has a kernel, is not among those found."""

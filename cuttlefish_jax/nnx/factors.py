@@ -14,7 +14,7 @@ from cuttlefish_jax.kernels import Kernel, subtree
 from cuttlefish_jax.layer_types import LAYER_TYPES
 from cuttlefish_jax.nnx.find import is_setting, join
 from cuttlefish_jax.nnx.params import from_boxes, is_abstract, run, to_boxes
-from cuttlefish_jax.plan.plan import FactorizationPlan
+from cuttlefish_jax.plan.plan import FactorizationPlan, check_plan
 
 
 class Factorized(nnx.Module):
@@ -59,6 +59,7 @@ class FactorizedEmbed(Factorized):
 def _factorize_nnx(
     model: nnx.Module, plan: FactorizationPlan, *, calibration: Mapping[str, Any] | None = None
 ) -> Any:
+    check_plan(plan)
     copy = nnx.clone(model)
     layers = {join(keys): node for keys, node in nnx.iter_graph(copy) if isinstance(node, nnx.Module)}
     kernels: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from jax.extend import core
 
 from cuttlefish_jax.flops import count_marked, mark
 from cuttlefish_jax.kernels import Kernel, Kernels, find_kernels, insert_axes
-from cuttlefish_jax.layer_types import LAYER_TYPES
+from cuttlefish_jax.layer_types import LAYER_TYPES, refuse_dtype
 
 # Their parameters are vectors, whatever axes scan and vmap have given them.
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
@@ -279,7 +279,7 @@ class _Graph:
             return f"its {layer_type.param} is also that of {min(others)!r}"
         if not isinstance(kernel, nnx.Param):
             return f"its {layer_type.param} is no nnx.Param, but a {type(kernel).__name__}"
-        return None
+        return refuse_dtype(layer_type.param, kernel.dtype)
 
     def skipped(self, found: Collection[str], reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """``(path, reason)`` of all else that has two or more axes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from flax import nnx
 from cuttlefish_jax.factorize import factorize
 from cuttlefish_jax.moments import project_average
 from cuttlefish_jax.nnx.params import check_values, to_dict
+from cuttlefish_jax.params import find_leaf
 from cuttlefish_jax.plan.plan import FactorizationPlan
 from cuttlefish_jax.switch import carry_opt_state, switch
 
@@ -95,17 +95,5 @@ def _named(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 def _restricted(plan: FactorizationPlan, params: Mapping[str, Any]) -> FactorizationPlan:
     """The plan for those layers alone whose kernels the optimizer sees."""
-    seen = {path for path in plan.ranks if _has(params, f"{path}/{plan.kernels[path].param}".lstrip("/"))}
-    if len(seen) == len(plan.ranks):
-        return plan
-    kept = tuple((path, "not optimized") for path in plan.ranks if path not in seen)
-    ranks = tuple((path, rank) for path, rank in plan.rank_entries if path in seen)
-    return dataclasses.replace(plan, rank_entries=ranks, kept_entries=(*plan.kept_entries, *kept))
-
-
-def _has(params: Any, path: str) -> bool:
-    for key in path.split("/"):
-        if not isinstance(params, Mapping) or key not in params:
-            return False
-        params = params[key]
-    return True
+    seen = [path for path in plan.ranks if find_leaf(params, plan.kernels[path]) is not None]
+    return plan.restricted(seen, "not optimized")

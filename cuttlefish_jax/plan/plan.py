@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from cuttlefish_jax.kernels import Kernels
 from cuttlefish_jax.plan.budgets import BudgetUse, num_params_low
 from cuttlefish_jax.plan.checks import check_rank, no_such_layer
 from cuttlefish_jax.plan.document import read_plan, write_plan
 from cuttlefish_jax.plan.report import plan_table
+
+
+def check_plan(plan: object) -> None:
+    """Raises a ValueError if ``plan`` is no plan, but ranks, say."""
+    if not isinstance(plan, FactorizationPlan):
+        raise ValueError(
+            f"{type(plan).__name__} is no FactorizationPlan: "
+            "FactorizationPlan.from_ranks(kernels, ranks) makes one of ranks"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,20 @@ class FactorizationPlan:
             for path, rank in self.rank_entries
         )
         return self.num_params_full - sum(saved)
+
+    def restricted(self, paths: Collection[str], reason: str) -> FactorizationPlan:
+        """The plan for the layers at ``paths`` alone; the others of its layers are kept, with the reason."""
+        left_out = [path for path in self.ranks if path not in paths]
+        if not left_out:
+            return self
+        return dataclasses.replace(
+            self,
+            rank_entries=tuple((path, rank) for path, rank in self.rank_entries if path not in left_out),
+            kept_entries=(*self.kept_entries, *((path, reason) for path in left_out)),
+            decided_entries=tuple(
+                (path, what) for path, what in self.decided_entries if path not in left_out
+            ),
+        )
 
     def report(self) -> str:
         """A table for people: every layer, its shape, rank, parameters before and after, and what decided."""

@@ -43,9 +43,10 @@ def make_plan(
     MLSys 2023). Layers stacked by ``scan`` or ``vmap`` share one rank, their largest.
 
     Kept full-rank, unless one of ``rules`` matches them, are the first layer (behind an embedding, that is
-    the embedding, and no kernel), the last one and 1x1 shortcut convolutions, and with a ``profile`` every
-    layer that would not get faster. A kernel of zeros is kept unless a rule gives it a rank: its factors
-    would hardly move from zero. A layer that would not get smaller is kept in any case.
+    the embedding, and no kernel), the last one and 1x1 shortcut convolutions (their own names have shortcut,
+    downsample, proj, skip or residual in them), and with a ``profile`` every layer that would not get faster.
+    A kernel of zeros is kept unless a rule gives it a rank: its factors would hardly move from zero. A layer
+    that would not get smaller is kept in any case.
 
     A ``budget`` is an upper bound. A plan within it is left alone. Otherwise the ranks are lowered together,
     so that the model keeps as much as possible: with :math:`\sigma_i` the singular values of layer :math:`l`,
@@ -80,9 +81,9 @@ def make_plan(
       extra_batch_norm: put a batch norm between the factors.
 
     Raises:
-      ValueError: for a rule that matches nothing, a fixed rank out of bounds, a measurement that the rank
-        rule or the budget needs and that is missing, or that is not finite, a profile of another model, a
-        budget that cannot be met (the message says what can).
+      ValueError: for what is no kernels or no rules, a rule that matches nothing, a fixed rank out of bounds,
+        a measurement that the rank rule or the budget needs and that is missing, or that is not finite, a
+        profile of another model, a budget that cannot be met (the message says what can).
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, cuttlefish_jax as cf
@@ -98,6 +99,8 @@ def make_plan(
       >>> plan.ranks, plan.num_params / plan.num_params_full < 0.75
       ({'layers_1': 7}, True)
     """
+    if not isinstance(kernels, Kernels):
+        raise ValueError(f"make_plan needs what find_kernels returned first, got {type(kernels).__name__}")
     check_count("round_to", round_to)
     if not 0 <= min_rank_ratio <= 1:
         raise ValueError(f"min_rank_ratio {min_rank_ratio} is not in [0, 1]")

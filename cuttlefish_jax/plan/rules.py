@@ -174,7 +174,12 @@ def tile_size(platform: str | None = None) -> int:
 
 
 def check_rules(rules: Sequence[Rule], kernels: Kernels) -> None:
-    """Raises a ValueError for a rule that matches no kernel; it names what is near, or why it is skipped."""
+    """Raises a ValueError for a rule that matches no kernel; it names what is near, or why it is skipped.
+
+    And for what is no list of rules.
+    """
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
+        raise ValueError(f"rules {rules!r} are no list of rules: give [cf.Rule(pattern, ...), ...]")
     for rule in rules:
         if any(rule.matches(path) for path in kernels):
             continue
