@@ -63,8 +63,7 @@ CONTEXTS = {
     "setup": Context(),
     "shared": Context(twice=True),
     "remat": Context(),
-    # NNX tells the axis of copies by the sizes alone: no axis of a kernel has this one.
-    "scan": Context(axis=0, copies=7),
+    "scan": Context(axis=0, copies=2),
     "vmap": Context(axis=-1, copies=5),
     "nested": Context("inner/inner/layer"),
 }

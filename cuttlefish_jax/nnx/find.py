@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
@@ -135,6 +135,9 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+_Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # param -> its shape
+
+
 @find_kernels.register
 def _find_kernels_nnx(
     model: nnx.Module, *inputs: Any, include_embeddings: bool = False, **kwargs: Any
@@ -143,7 +146,7 @@ def _find_kernels_nnx(
     reasons = {path: reason for path in graph.layers if (reason := graph.refuse(path)) is not None}
     watched = {path for path, layer in graph.layers.items() if path not in reasons or _is_lookup(layer)}
     calls: list[str] = []
-    shapes: dict[str, tuple[int, ...]] = {}  # of a kernel as its layer sees it inside scan and vmap
+    shapes: dict[str, _Shapes] = {}  # of a layer's params as it sees them inside scan and vmap
 
     def called(path: str, layer: Any, method: str, given: list[Any], result: Any) -> Any:
         calls.append(path)
@@ -151,7 +154,7 @@ def _find_kernels_nnx(
             return result
         if len(given) > 1:
             reasons[path] = "it is called with more than one argument"
-        shapes.setdefault(path, tuple(getattr(layer, LAYER_TYPES[type(layer)].param).shape))
+        shapes.setdefault(path, _shapes(layer))
         return mark(f"{path}:{method}", result)
 
     def read(path: str, name: str) -> None:
@@ -167,11 +170,12 @@ def _find_kernels_nnx(
             reasons[path] = f"{type(layer).__name__} that is not called"
         elif _is_lookup(layer) and not include_embeddings:
             reasons.setdefault(path, "an embedding: found with include_embeddings=True")
-    for path, shape in shapes.items():
+    is_leading = _copies_lead(graph.layers, shapes)
+    for path, seen in shapes.items():
         if path in reasons:
             continue
         try:
-            kernel = _kernel(path, graph.layers[path], shape)
+            kernel = _kernel(path, graph.layers[path], seen, is_leading=is_leading)
         except ValueError as error:
             reasons[path] = str(error)
             continue
@@ -198,16 +202,22 @@ def _is_lookup(layer: Any) -> bool:
     return layer_type.lookup if layer_type else isinstance(layer, nnx.Embed)
 
 
-def _kernel(path: str, layer: Any, seen: tuple[int, ...]) -> Kernel:
-    """The kernel of a layer whose calls see it in the shape ``seen``.
+def _shapes(layer: Any) -> _Shapes:
+    """The shapes of a layer's own params."""
+    return {name: tuple(value.shape) for name, value in vars(layer).items() if isinstance(value, nnx.Param)}
+
+
+def _kernel(path: str, layer: Any, seen: _Shapes, *, is_leading: bool) -> Kernel:
+    """The kernel of a layer whose calls see its params in the shapes ``seen``.
 
     Raises:
       ValueError: if the axes that ``scan`` and ``vmap`` take away cannot be told.
     """
     layer_type = LAYER_TYPES[type(layer)]
-    shape = tuple(getattr(layer, layer_type.param).shape)
-    stack = _removed(shape, seen)
-    final, _ = insert_axes(len(seen), stack)
+    shapes = _shapes(layer)
+    shape = shapes[layer_type.param]
+    stack = _removed(layer_type.param, shapes, seen, is_leading=is_leading)
+    final, _ = insert_axes(len(seen[layer_type.param]), stack)
     axes = layer_type.axes(layer)
     batch = tuple(final[a] for a in axes.batch)
     return Kernel(
@@ -222,18 +232,50 @@ def _kernel(path: str, layer: Any, seen: tuple[int, ...]) -> Kernel:
     )
 
 
-def _removed(shape: tuple[int, ...], seen: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of ``shape`` that are missing in ``seen``."""
-    candidates = [
+def _removed(param: str, shapes: _Shapes, seen: _Shapes, *, is_leading: bool) -> tuple[int, ...]:
+    """The axes of a layer's ``param`` that are missing where the layer sees it.
+
+    Where its sizes do not tell, those of the layer's other params may, which the same copies have been made
+    of: an axis is the same one counted from the front, or from the back. Where these do not either, they are
+    the leading ones, as ``nnx.vmap`` and ``nnx.scan`` have it by default, if ``is_leading``.
+    """
+
+    def from_back(axes: tuple[int, ...], name: str) -> tuple[int, ...]:
+        return tuple(a - len(shapes[name]) for a in axes)
+
+    found = _candidates(shapes[param], seen[param])
+    for name in seen.keys() - {param}:
+        others = _candidates(shapes[name], seen[name])
+        backwards = [from_back(axes, name) for axes in others]
+        found = [axes for axes in found if axes in others or from_back(axes, param) in backwards]
+    leading = tuple(range(len(shapes[param]) - len(seen[param])))
+    if len(found) > 1 and is_leading and leading in found:
+        return leading
+    if len(found) != 1:
+        raise ValueError(
+            f"its {param} of shape {shapes[param]} is called as {seen[param]}: which axes are copies?"
+        )
+    return found[0]
+
+
+def _candidates(shape: tuple[int, ...], seen: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Which axes may be the missing ones, by the sizes of all others."""
+    return [
         axes
         for axes in itertools.combinations(range(len(shape)), len(shape) - len(seen))
         if tuple(size for a, size in enumerate(shape) if a not in axes) == seen
     ]
-    if len(candidates) != 1:  # as many copies as it has inputs, for one: a guess would be wrong in silence
-        raise ValueError(
-            f"its kernel of shape {shape} is called as {seen}: sizes do not tell its copies' axes"
-        )
-    return candidates[0]
+
+
+def _copies_lead(layers: Mapping[str, Any], seen: Mapping[str, _Shapes]) -> bool:
+    """Whether no param of a layer has its copies, for sure, anywhere but on the leading axes."""
+    for path, of_layer in seen.items():
+        shapes = _shapes(layers[path])
+        for name, inside in of_layer.items():
+            leading = tuple(range(len(shapes[name]) - len(inside)))
+            if leading not in _candidates(shapes[name], inside):
+                return False
+    return True
 
 
 class _Graph:
