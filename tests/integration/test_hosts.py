@@ -76,7 +76,9 @@ def lose(hosts, index, number=signal.SIGKILL):
     seconds = time.perf_counter() - start
     name = signal.Signals(number).name
     print(f"{name} of host {index}: the other ended after {seconds:.1f} s, status {status}")
-    assert status in (2, -signal.SIGABRT)
+    # JAX's own end is an abort, whose dump of all threads crashes in one case of four or five.
+    ended_by_jax = "Terminating process because the JAX distributed service detected fatal errors"
+    assert status in (2, -signal.SIGABRT) or (status == -signal.SIGSEGV and ended_by_jax in other.output)
     # A broken connection, or JAX's own end: for want of a sign of life, or of the coordinator.
     reasons = ("error: another host has stopped or cannot be reached", "another task died")
     assert any(reason in other.output for reason in reasons), other.output
