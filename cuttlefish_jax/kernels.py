@@ -318,17 +318,12 @@ def check_kernel(params: Params, kernel: Kernel, kind: Any = jnp.generic) -> Non
         )
 
 
-def kernel_matrix(params: Params, kernel: Kernel) -> Float[Array, "*stack m n"]:
-    """The kernel's matrix (or stack of matrices) in ``params``, ``[*stack, m, n]``.
+def kernel_sides(params: Params, kernel: Kernel) -> Array:
+    """The kernel in ``params``, ``[*stack, *rows, *columns]``, see :meth:`Kernel.to_sides`.
 
     Raises:
       ValueError: if ``params`` are not those of the model that ``kernel`` was found in.
     """
-    return kernel_sides(params, kernel).reshape(*kernel.stack_shape, kernel.m, kernel.n)
-
-
-def kernel_sides(params: Params, kernel: Kernel) -> Array:
-    """The same in the kernel's own axes, ``[*stack, *rows, *columns]``, see :meth:`Kernel.to_sides`."""
     check_kernel(params, kernel)
     return kernel.to_sides(kernel_array(params, kernel))
 

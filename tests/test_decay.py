@@ -10,7 +10,7 @@ import pytest
 from linen_zoo import once, plan_at, prepared
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.kernels import kernel_matrix
+from cuttlefish_jax.factorize import factor_matrices
 
 # Convolutions, several reduction and output axes, stacks in front and behind, a layer without a path.
 NAMES = ("dense", "trained", "conv_3d", "attention", "general_apart", "scan_last", "vmap_scan")
@@ -25,8 +25,7 @@ def factorized(name, **options):
 def penalty(params, plan, coefficient):
     """The penalty as the paper has it, through the products."""
     total = 0.0
-    for path, rank in plan.rank_entries:
-        u, v = (kernel_matrix(params, factor) for factor in plan.kernels[path].factors(rank))
+    for u, v in factor_matrices(params, plan).values():
         total += jnp.sum(jnp.matmul(u, v, precision="highest") ** 2)
     return 0.5 * coefficient * total
 

@@ -13,7 +13,7 @@ from linen_modules import Block
 from linen_zoo import CASES, once, plan_at, prepared
 
 import cuttlefish_jax as cf
-from cuttlefish_jax.kernels import Kernel, check_kernel, insert_axes, kernel_matrix, subtree
+from cuttlefish_jax.kernels import Kernel, check_kernel, insert_axes, kernel_sides, subtree
 
 
 def leaves_of(params):
@@ -180,7 +180,7 @@ def test_boxed_params_are_found_and_have_to_know_the_names_of_their_axes():
     params = once(model.init, jax.random.key(0), x)["params"]
     for tree in (params, nn.meta.unbox(params)):
         check_kernel(tree, kernels["layers_0"])
-        assert kernel_matrix(tree, kernels["layers_0"]).shape == (3, 4)
+        assert kernel_sides(tree, kernels["layers_0"]).shape == (3, 4)
     with pytest.raises(ValueError, match="'layers_0' is a Box, not an array: take params out of their boxes"):
         check_kernel({"layers_0": {"kernel": Box()}}, kernels["layers_0"])
     assert kernels.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -238,7 +238,8 @@ def test_a_layer_multiplies_its_unfolded_inputs_by_the_matrix(name, inputs):
     unfolded = inputs(np.asarray(x)).reshape(-1, kernel.m)
     np.testing.assert_allclose(unfolded @ matrix, output.reshape(-1, kernel.n), rtol=1e-4, atol=1e-5)
     assert kernel.positions * len(x) == len(unfolded)
-    np.testing.assert_array_equal(kernel_matrix(variables["params"], kernel), matrix)
+    sides = kernel_sides(variables["params"], kernel)
+    np.testing.assert_array_equal(np.reshape(sides, matrix.shape), matrix)
 
 
 def test_attention_reads_its_heads_as_one_axis():
@@ -354,6 +355,6 @@ def test_params_of_another_model_are_named():
             r"has shape \(6, 8\), expected \(3, 6, 8\): these are the params of another model",
         ),
     ]:
-        for use in (check_kernel, kernel_matrix):
+        for use in (check_kernel, kernel_sides):
             with pytest.raises(ValueError, match=message):
                 use(broken, kernel)
